@@ -1,0 +1,246 @@
+"""Typed recipes: frozen dataclasses <- TOML files merged left to right <- `key=value` overrides.
+
+A recipe is data. There is no inheritance, no registry and no expression in it: files are merged by key, the result is
+checked against the dataclass of the stage, and unknown keys are errors that name the nearest known one.
+
+    @config
+    class OptimConfig:
+        lr: float = 3e-4
+        \"\"\"Peak learning rate.\"\"\"
+
+    cfg = load(PretrainConfig, ["recipe.toml", "model.num_hidden_layers=4", "optim.lr=1e-3"])
+
+Conversion (strings to paths, integers to floats, tables to dataclasses) is pydantic's.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import json
+import textwrap
+import tomllib
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, dataclass_transform
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+T = TypeVar("T")
+
+RECIPES = Path(__file__).parent / "recipes"
+"""Recipes that ship with the package; their names can be given without path and suffix."""
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True)
+def config(cls: type[T]) -> type[T]:
+    """Make a class a frozen, keyword-only dataclass that refuses unknown keys."""
+    made = dataclasses.dataclass(frozen=True, kw_only=True, slots=True)(cls)
+    made.__pydantic_config__ = ConfigDict(extra="forbid")  # pyright: ignore[reportAttributeAccessIssue]
+    return made
+
+
+# ---------------------------------------------------------------------------------------------------------- loading
+def load(schema: type[T], arguments: Sequence[str | Path] = ()) -> T:
+    """Build `schema` from TOML files and `key=value` overrides, applied from left to right.
+
+    Raises ValueError for an unreadable file, an unknown key or a value that does not fit.
+    """
+    merged: dict[str, Any] = {}
+    for argument in arguments:
+        text = str(argument)
+        table = parse_override(text) if is_override(text) else read_toml(find_recipe(text))
+        merged = merge(merged, table)
+    return from_dict(schema, merged)
+
+
+def is_override(argument: str) -> bool:
+    return "=" in argument and not Path(argument).exists()
+
+
+def find_recipe(name: str) -> Path:
+    """A path as given, or a recipe of the package by its bare name."""
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = RECIPES / f"{name.removesuffix('.toml')}.toml"
+    if shipped.is_file():
+        return shipped
+    known = sorted(p.stem for p in RECIPES.glob("*.toml"))
+    hint = f"; shipped recipes are {', '.join(known)}" if known else ""
+    raise ValueError(f"no recipe file {name!r}{hint}. Overrides are written key=value")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid TOML: {error}") from None
+
+
+def parse_override(argument: str) -> dict[str, Any]:
+    """`optim.lr=1e-3` as a nested table. What is no TOML value is taken as a string, so paths need no quotes."""
+    key, _, value = argument.partition("=")
+    key = key.strip()
+    try:
+        parsed = tomllib.loads(f"value = {value}")
+        # A second line inside the value would smuggle in further keys.
+        leaf = parsed["value"] if list(parsed) == ["value"] else value
+    except tomllib.TOMLDecodeError:
+        leaf = value
+    parts = key.split(".")
+    if not all(parts):
+        raise ValueError(f"override {argument!r} has an empty key; write section.key=value")
+    for part in reversed(parts):
+        leaf = {part: leaf}
+    return leaf
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """A new table: `over` wins, tables are merged key by key, everything else is replaced whole."""
+    result = dict(base)
+    for key, value in over.items():
+        old = result.get(key)
+        result[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return result
+
+
+def from_dict(schema: type[T], table: dict[str, Any]) -> T:
+    """Convert a plain table to `schema`; every problem is named in one ValueError."""
+    try:
+        return TypeAdapter(schema).validate_python(table)
+    except ValidationError as error:
+        raise ValueError("\n".join(_explain(schema, problem) for problem in error.errors())) from None
+
+
+def _explain(schema: type, problem: Any) -> str:
+    # pydantic marks the chosen member of a union in the location; those marks are no keys of the user's.
+    location = [str(part) for part in problem["loc"] if "[" not in str(part)]
+    dotted = ".".join(location)
+    if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+        known = dict(_keys(schema))
+        siblings = [key for key in known if key.rpartition(".")[0] == ".".join(location[:-1])]
+        near = difflib.get_close_matches(dotted, siblings, n=1, cutoff=0.5)
+        near = near or [key for key in known if key.rpartition(".")[2] == location[-1]][:1]
+        near = near or difflib.get_close_matches(dotted, list(known), n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(siblings)}"
+        return f"unknown key {dotted!r}; {hint}"
+    if problem["type"] in ("missing", "missing_argument"):
+        return f"key {dotted!r} is required; give it in the recipe or as {dotted}=..."
+    message = problem["msg"].removeprefix("Value error, ")
+    shown = f" (got {problem['input']!r})" if not isinstance(problem["input"], dict) else ""
+    return f"{dotted}: {message}{shown}" if dotted else message
+
+
+# ------------------------------------------------------------------------------------------------------- inspection
+def _config_class(hint: Any) -> type | None:
+    """The dataclass in a type hint such as `Optim`, `Optim | None`, or None if there is none."""
+    if dataclasses.is_dataclass(hint):
+        return typing.cast(type, hint)
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return next((arg for arg in typing.get_args(hint) if dataclasses.is_dataclass(arg)), None)
+    return None
+
+
+def _keys(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
+    hints = typing.get_type_hints(schema)
+    for field in dataclasses.fields(schema):
+        yield prefix + field.name, field
+        if nested := _config_class(hints[field.name]):
+            yield from _keys(nested, f"{prefix}{field.name}.")
+
+
+def field_docs(schema: type) -> dict[str, str]:
+    """Field name -> its attribute docstring (the string literal below the field)."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(schema))).body[0]
+    assert isinstance(tree, ast.ClassDef)
+    docs: dict[str, str] = {}
+    for node, after in zip(tree.body, tree.body[1:], strict=False):
+        if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
+            continue
+        if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) and isinstance(after.value.value, str):
+            docs[node.target.id] = inspect.cleandoc(after.value.value)
+    return docs
+
+
+def to_dict(value: Any) -> Any:
+    """Plain tables and lists; paths become strings, unset (None) keys are left out."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        pairs = ((f.name, to_dict(getattr(value, f.name))) for f in dataclasses.fields(value))
+        return {name: item for name, item in pairs if item is not None}
+    if isinstance(value, dict):
+        return {str(key): to_dict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_dict(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+# ---------------------------------------------------------------------------------------------------------- writing
+def dump(value: Any) -> str:
+    """TOML text that `load` turns back into an equal value."""
+    return "\n".join(_table_lines(to_dict(value))).lstrip("\n") + "\n"
+
+
+def _table_lines(table: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[str]:
+    for key, item in table.items():
+        if not isinstance(item, dict):
+            yield f"{_toml_key(key)} = {_toml_value(item)}"
+    for key, item in table.items():
+        if isinstance(item, dict):
+            yield f"\n[{'.'.join(map(_toml_key, (*path, key)))}]"
+            yield from _table_lines(item, (*path, key))
+
+
+def describe(schema: type, path: tuple[str, ...] = ()) -> str:
+    """The defaults of a schema as commented TOML: the help page of a stage (`qwench config show STAGE`)."""
+    lines: list[str] = []
+    docs, hints = field_docs(schema), typing.get_type_hints(schema)
+    nested = [f for f in dataclasses.fields(schema) if _config_class(hints[f.name])]
+    for field in dataclasses.fields(schema):
+        if field in nested:
+            continue
+        lines += [f"# {line}" for line in docs.get(field.name, "").splitlines()]
+        default = _default(field)
+        if default is dataclasses.MISSING:
+            lines.append(f"# {field.name} = ...    required, {_type_name(hints[field.name])}")
+        elif default is None:
+            lines.append(f"# {field.name} = ...    unset, {_type_name(hints[field.name])}")
+        else:
+            lines.append(f"{field.name} = {_toml_value(to_dict(default))}")
+    for field in nested:
+        inner = _config_class(hints[field.name])
+        assert inner is not None
+        lines += ["", *(f"# {line}" for line in docs.get(field.name, "").splitlines())]
+        unset = "    # unset unless a key below is given" if _default(field) is None else ""
+        lines += [f"[{'.'.join((*path, field.name))}]{unset}", describe(inner, (*path, field.name)).rstrip()]
+    return "\n".join(lines) + "\n"
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def _type_name(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "").replace("pathlib.", "")
+
+
+def _toml_key(key: str) -> str:
+    return key if key and all(c.isascii() and (c.isalnum() or c in "_-") for c in key) else json.dumps(key)
+
+
+def _toml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(map(_toml_value, value))}]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{_toml_key(k)} = {_toml_value(v)}" for k, v in value.items()) + "}"
+    return repr(value)

@@ -1,0 +1,144 @@
+"""The values that flow between stages: small frozen records, each with a worked example.
+
+This file imports neither torch nor any other part of qwench, so every stage can share it. Tensors that travel
+between the trainer and the model live with their owners (`ops.attention.AttnMeta`, `train.batch.Batch`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+
+Role = Literal["system", "user", "assistant", "tool"]
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Document:
+    """One text with its origin.
+
+    >>> Document(id="stdlib/abc.py", text="import sys", source="stdlib", kind="code", lang="python")
+
+    `kind` is the domain label of the mixture (for example "code", "docs", "web"); `lang` a language code or "".
+    """
+
+    id: str
+    text: str
+    source: str = ""
+    kind: str = ""
+    lang: str = ""
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What a filter says of a document: keep it, or drop it for a named reason with the measured value.
+
+    >>> Verdict(keep=False, reason="too_short", value=12)
+    """
+
+    keep: bool
+    reason: str = ""
+    value: float | None = None
+
+
+KEEP = Verdict(keep=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCall:
+    """A function call by the assistant: `ToolCall(name="get_weather", arguments={"city": "Paris"}, id="call_0")`."""
+
+    name: str
+    arguments: Mapping[str, Any]
+    id: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One turn of a conversation, in OpenAI's vocabulary.
+
+    >>> Message(role="user", content="What does len() do?")
+    """
+
+    role: Role
+    content: str = ""
+    tool_calls: Sequence[ToolCall] = ()
+    name: str = ""
+    """Name of the tool that answers (role "tool" only)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """Tokens of one training example with the loss weight of each token *as a target*.
+
+    >>> Sample(token_ids=np.array([5, 6, 7], np.int32), loss_weights=np.array([0, 1, 1], np.float32))
+
+    Here token 6 and 7 are learnt, token 5 is only read. Both arrays have shape [T].
+    """
+
+    token_ids: np.ndarray
+    loss_weights: np.ndarray
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How to choose tokens. `temperature=0` is greedy; `top_k=0` and `top_p=1` switch those filters off.
+
+    >>> SamplingParams(temperature=0.7, top_p=0.8, top_k=20, repetition_penalty=1.05, max_tokens=512)
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    """> 1 divides positive and multiplies negative logits of tokens that stand in prompt or answer [Keskar 2019]."""
+    max_tokens: int = 256
+    stop: Sequence[str] = ()
+    """Strings that end the answer; they are not part of `Completion.text`."""
+    stop_token_ids: Sequence[int] = ()
+    """Further ids that end the answer, beside the model's own end tokens."""
+    ignore_eos: bool = False
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature is {self.temperature}; give 0 (greedy) or a positive number")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; give a number in (0, 1], where 1 keeps every token")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}; give 0 (off) or a positive number")
+        if self.repetition_penalty <= 0:
+            raise ValueError(f"repetition_penalty is {self.repetition_penalty}; give a positive number, 1 is off")
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens is {self.max_tokens}; give at least 1")
+        if isinstance(self.stop, str):
+            raise ValueError('stop is a string; give a list of strings, for example stop=["\\n\\n"]')
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """What a generator returns for one prompt.
+
+    >>> Completion(token_ids=[9707, 151645], text="Hello", logprobs=[-0.1, -0.02], finish_reason="stop")
+
+    `token_ids` has every sampled token, the end token included; `text` leaves end tokens and stop strings out.
+    `logprobs` are natural logarithms of the model's own distribution (before temperature and filters).
+    """
+
+    token_ids: list[int]
+    text: str
+    logprobs: list[float]
+    finish_reason: FinishReason
+
+
+@runtime_checkable
+class Generator(Protocol):
+    """The one protocol by which synthesis, tools, evaluation and RL ask for text."""
+
+    def generate(self, token_ids: Sequence[int], params: SamplingParams) -> Completion:
+        """Continue `token_ids`."""
+        ...
