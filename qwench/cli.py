@@ -1,0 +1,117 @@
+"""The `qwench` command: a table of subcommands. A stage's module is imported only when it is chosen."""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import importlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    main: str
+    """module:function that takes the remaining arguments and returns an exit code."""
+    help: str
+
+
+COMMANDS = {
+    "demo": Command("qwench.demo.command:main", "the whole recipe at small size on this machine, and its report"),
+    "tokenizer": Command("qwench.tokenizer.commands:main", "train, import and inspect tokenizers; encode text to shards"),
+    "tokenizer encode": Command("qwench.data.encode:main", ""),
+    "pretrain": Command("qwench.train.pretrain:main", "next-token training on token shards"),
+    "sft": Command("qwench.train.sft:main", "supervised fine-tuning on conversations"),
+    "chat": Command("qwench.engine.chat:main", "talk to a model in the terminal"),
+    "convert": Command("qwench.model.convert:main", "Hugging Face, Qwen-1, GGUF and run checkpoints into each other"),
+    "doctor": Command("qwench.doctor:main", "what this machine can do, and what qwench would choose"),
+    "config": Command("qwench.cli:config_main", "show the defaults of a stage as commented TOML"),
+}
+
+SCHEMAS = {
+    "pretrain": "qwench.train.config:PretrainConfig",
+    "sft": "qwench.train.config:SFTConfig",
+    "demo": "qwench.demo.config:DemoConfig",
+    "model": "qwench.model.config:ModelConfig",
+}
+
+
+def load_function(path: str) -> Callable[..., int]:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.help}" for name, command in COMMANDS.items() if command.help]
+    return "\n".join(
+        [
+            "usage: qwench COMMAND [ARGUMENTS]",
+            "",
+            "The whole Qwen recipe in one codebase: from raw documents to a chat model.",
+            "",
+            *lines,
+            "",
+            "qwench COMMAND --help tells more. QWENCH_DEBUG=1 shows a traceback where an error is one line.",
+        ]
+    )
+
+
+def config_main(argv: list[str]) -> int:
+    if len(argv) != 2 or argv[0] != "show" or argv[1] not in SCHEMAS:
+        wanted = argv not in ([], ["-h"], ["--help"])
+        print(f"usage: qwench config show {{{','.join(SCHEMAS)}}}", file=sys.stderr if wanted else sys.stdout)
+        return 2 if wanted else 0
+    from qwench import config
+
+    module, _, name = SCHEMAS[argv[1]].partition(":")
+    print(config.describe(getattr(importlib.import_module(module), name)), end="")
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; the exit code is 0, 2 for a user's mistake, 130 after Ctrl-C."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        from qwench import __version__
+
+        print(f"qwench {__version__}")
+        return 0
+    two_words = " ".join(arguments[:2])
+    name = two_words if two_words in COMMANDS else arguments[0]
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, [n for n in COMMANDS if " " not in n], n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "qwench --help lists them"
+        print(f"qwench: there is no command {name!r}; {hint}", file=sys.stderr)
+        return 2
+    try:
+        return load_function(COMMANDS[name].main)(arguments[len(name.split()) :])
+    except KeyboardInterrupt:
+        print("qwench: stopped", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("QWENCH_DEBUG"):
+            raise
+        print(f"qwench: {explain(error)}", file=sys.stderr)
+        return 2
+
+
+def explain(error: Exception) -> str:
+    """One message for an expected failure: what, where, what to do."""
+    if isinstance(error, BrokenPipeError):
+        return "the reader of the output went away"
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" while writing {error.filename}" if error.filename else ""
+        return f"the disk is full{where}; what was saved before is intact. Free some space and run the same command again"
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.strerror or type(error).__name__}: {error.filename}"
+    return str(error) or type(error).__name__
+
+
+if __name__ == "__main__":
+    sys.exit(main())

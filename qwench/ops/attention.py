@@ -1,0 +1,171 @@
+"""Causal attention over a flat packed token stream, with or without a paged key/value cache.
+
+Shape suffixes: T tokens of all sequences, H query heads, K key/value heads, D head size, B sequences,
+S keys of one sequence, N cache blocks, P positions in a block.
+
+Contract of `attention(q_THD, k_TKD, v_TKD, meta, cache=None, window=None) -> out_THD`
+* The T tokens are B sequences laid end to end; sequence b owns rows cu_q[b]:cu_q[b+1].
+* Without a cache, a query sees the keys of its own sequence up to and including itself.
+* With a cache, k and v are first written to the cache at `meta.slots`; sequence b then has `lens_k[b]` keys (old and
+  new), found through `block_table[b]`, and its queries are the last of them.
+* H is a multiple of K; query head h reads key/value head h // (H/K) (grouped-query attention [Qwen2 TR 2.2.1]).
+* `window` w: a query sees at most the last w keys, itself included.
+* Softmax is evaluated in fp32 and scaled by D ** -0.5; the result has q's dtype. Differentiable without a cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qwench.ops.dispatch import Implementation, Operation
+
+KVCache = tuple[Tensor, Tensor]
+"""Keys and values of one layer, each [N, P, K, D]."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttnMeta:
+    """How a flat token stream splits into sequences, and where their cached keys are.
+
+    Two packed documents of 3 and 5 tokens: `AttnMeta.packed([3, 5])`. One decoding step of a sequence with 9 cached
+    tokens and one new: cu_q=[0, 1], lens_k=[10], block_table=[[0]], slots=[9].
+    """
+
+    cu_q: Tensor
+    """[B + 1] int32: start row of each sequence, then T."""
+    max_q: int
+    lens_k: Tensor | None = None
+    """[B] int32: keys of each sequence including the new ones; None without a cache."""
+    max_k: int = 0
+    block_table: Tensor | None = None
+    """[B, blocks] int32: cache blocks of each sequence, in order."""
+    slots: Tensor | None = None
+    """[T] int64: flat cache position (block * P + offset) that each new key is written to."""
+
+    @staticmethod
+    def packed(seq_lens: Sequence[int], device: torch.device | str = "cpu") -> AttnMeta:
+        """Sequences laid end to end, no cache."""
+        lens = torch.tensor([0, *seq_lens], dtype=torch.int32)
+        return AttnMeta(cu_q=lens.cumsum(0, dtype=torch.int32).to(device), max_q=max(seq_lens))
+
+
+def attention(
+    q_THD: Tensor,
+    k_TKD: Tensor,
+    v_TKD: Tensor,
+    meta: AttnMeta,
+    cache: KVCache | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """See the contract at the top of this file."""
+    if cache is not None:
+        assert meta.slots is not None
+        assert meta.lens_k is not None
+        assert meta.block_table is not None
+        for pages, new in zip(cache, (k_TKD, v_TKD), strict=True):
+            pages.view(-1, *pages.shape[2:]).index_copy_(0, meta.slots, new.to(pages.dtype))
+    return ATTENTION.choose(q_THD.device)(q_THD, k_TKD, v_TKD, meta, cache, window)
+
+
+def _sequences(k_TKD: Tensor, v_TKD: Tensor, meta: AttnMeta, cache: KVCache | None):
+    """Yield (first row, end row, keys [S, K, D], values [S, K, D]) of each sequence."""
+    starts = meta.cu_q.tolist()
+    lens_k = meta.lens_k.tolist() if cache is not None and meta.lens_k is not None else None
+    for b, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)):
+        if cache is None or lens_k is None:
+            yield start, stop, k_TKD[start:stop], v_TKD[start:stop]
+            continue
+        assert meta.block_table is not None
+        keys, values = cache
+        blocks = meta.block_table[b, : -(-lens_k[b] // keys.shape[1])]
+        if blocks.numel() == 1:  # a view instead of a gathered copy
+            yield start, stop, keys[int(blocks)][: lens_k[b]], values[int(blocks)][: lens_k[b]]
+        else:
+            yield start, stop, keys[blocks].flatten(0, 1)[: lens_k[b]], values[blocks].flatten(0, 1)[: lens_k[b]]
+
+
+def _visible(num_q: int, num_k: int, window: int | None, device: torch.device) -> Tensor:
+    """[num_q, num_k] bool: which keys each query sees, the queries being the last num_q of num_k positions."""
+    q_pos = torch.arange(num_k - num_q, num_k, device=device)[:, None]
+    k_pos = torch.arange(num_k, device=device)[None, :]
+    seen = k_pos <= q_pos
+    return seen & (k_pos > q_pos - window) if window is not None else seen
+
+
+def _reference(
+    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, meta: AttnMeta, cache: KVCache | None, window: int | None
+) -> Tensor:
+    """The definition, sequence by sequence: scores, mask, fp32 softmax, weighted sum."""
+    group = q_THD.shape[1] // k_TKD.shape[1]
+    scale = q_THD.shape[-1] ** -0.5
+    outs: list[Tensor] = []
+    for start, stop, k_SKD, v_SKD in _sequences(k_TKD, v_TKD, meta, cache):
+        q_HTD = q_THD[start:stop].transpose(0, 1)
+        k_HSD = k_SKD.transpose(0, 1).repeat_interleave(group, 0).to(q_HTD.dtype)
+        v_HSD = v_SKD.transpose(0, 1).repeat_interleave(group, 0).to(q_HTD.dtype)
+        scores_HTS = (q_HTD @ k_HSD.transpose(1, 2)).float() * scale
+        scores_HTS = scores_HTS.masked_fill(
+            ~_visible(stop - start, k_SKD.shape[0], window, q_THD.device), float("-inf")
+        )
+        outs.append((scores_HTS.softmax(-1).to(q_HTD.dtype) @ v_HSD).transpose(0, 1))
+    return torch.cat(outs)
+
+
+def _sdpa(
+    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, meta: AttnMeta, cache: KVCache | None, window: int | None
+) -> Tensor:
+    """torch's fused attention: one call for sequences of equal length, else one call a sequence."""
+    num_tokens, num_seqs = q_THD.shape[0], meta.cu_q.numel() - 1
+    if cache is None and num_tokens == num_seqs * meta.max_q:
+        q, k, v = (x.unflatten(0, (num_seqs, meta.max_q)).transpose(1, 2) for x in (q_THD, k_TKD, v_TKD))
+        return _sdpa_call(q, k, v, window).transpose(1, 2).flatten(0, 1)
+    outs = [
+        _sdpa_call(*(x.transpose(0, 1)[None] for x in (q_THD[start:stop], keys, values)), window)[0].transpose(0, 1)
+        for start, stop, keys, values in _sequences(k_TKD, v_TKD, meta, cache)
+    ]
+    return torch.cat(outs) if len(outs) > 1 else outs[0]
+
+
+def _sdpa_call(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, window: int | None) -> Tensor:
+    num_q, num_k = q_BHTD.shape[2], k_BKSD.shape[2]
+    gqa = q_BHTD.shape[1] != k_BKSD.shape[1]
+    k_BKSD, v_BKSD = k_BKSD.to(q_BHTD.dtype), v_BKSD.to(q_BHTD.dtype)
+    windowed = window is not None and window < num_k
+    if num_q == 1 and not windowed:  # a single query sees every key
+        return F.scaled_dot_product_attention(q_BHTD, k_BKSD, v_BKSD, enable_gqa=gqa)
+    if num_q == num_k and not windowed:
+        return F.scaled_dot_product_attention(q_BHTD, k_BKSD, v_BKSD, is_causal=True, enable_gqa=gqa)
+    mask = _visible(num_q, num_k, window, q_BHTD.device)
+    return F.scaled_dot_product_attention(q_BHTD, k_BKSD, v_BKSD, attn_mask=mask, enable_gqa=gqa)
+
+
+def _varlen(
+    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, meta: AttnMeta, cache: KVCache | None, window: int | None
+) -> Tensor:
+    """torch's variable-length FlashAttention for packed half-precision streams; everything else goes to SDPA."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    if cache is not None or window is not None or q_THD.dtype not in (torch.float16, torch.bfloat16):
+        return _sdpa(q_THD, k_TKD, v_TKD, meta, cache, window)
+    group = q_THD.shape[1] // k_TKD.shape[1]
+    k_THD, v_THD = k_TKD.repeat_interleave(group, 1), v_TKD.repeat_interleave(group, 1)
+    return varlen_attn(q_THD, k_THD, v_THD, meta.cu_q, meta.cu_q, meta.max_q, meta.max_q, window_size=(-1, 0))
+
+
+def _on_cuda(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+ATTENTION = Operation(
+    "attention",
+    [
+        Implementation("varlen", _varlen, _on_cuda),
+        Implementation("sdpa", _sdpa),
+        Implementation("reference", _reference),
+    ],
+)

@@ -1,0 +1,64 @@
+"""What this machine can do: device, native bf16, and the rate of its matrix products (the ceiling that MFU refers to)."""
+
+from __future__ import annotations
+
+import functools
+import time
+
+import torch
+
+DATASHEET_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+"""Dense bf16 rate by a part of the device's name, from the vendor's datasheets."""
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """`auto` is the first GPU, else the CPU. Raises ValueError for a device that is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"unknown device {name!r}; give auto, cpu, cuda or cuda:N") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {name} is not there; this machine has {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """Dtype of activations for fp32, bf16 or auto (bf16 where it is native)."""
+    if precision == "auto":
+        return torch.bfloat16 if bf16_is_native(device) else torch.float32
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+
+
+def bf16_is_native(device: torch.device) -> bool:
+    """The processor multiplies bf16 matrices well faster than fp32 ones (measured on a CPU)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return matmul_flops("cpu", torch.bfloat16) > 1.5 * matmul_flops("cpu", torch.float32)
+
+
+@functools.cache
+def matmul_flops(device: str, dtype: torch.dtype) -> float:
+    """Measured rate of a square matrix product in FLOP/s: the median of several, after a warm-up."""
+    size = 8192 if device.startswith("cuda") else 768
+    a = torch.randn(size, size, device=device).to(dtype)
+    b = torch.randn(size, size, device=device).to(dtype)
+    times = []
+    for _ in range(12):
+        start = time.perf_counter()
+        a @ b
+        if a.is_cuda:
+            torch.cuda.synchronize(a.device)
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / sorted(times[2:])[len(times[2:]) // 2]
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """The rate that MFU is a share of, in FLOP/s, and where it comes from: datasheet for known GPUs, else measured."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        for part, rate in DATASHEET_BF16_FLOPS.items():
+            if part in name:
+                return rate, f"{part} datasheet"
+    return matmul_flops(str(device), dtype), "measured matrix product"

@@ -1,0 +1,48 @@
+"""SwiGLU's elementwise part: silu(gate) * up on the merged projection's output [Qwen TR 2.3]."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qwench.ops.dispatch import Implementation, Operation
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """[..., 2F] (gate first) -> [..., F]. Differentiable."""
+    return SWIGLU.choose(gate_up.device)(gate_up)
+
+
+def _reference(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+class _FusedSwiGLU(torch.autograd.Function):
+    """The same values; the backward pass writes both halves of the gradient into one tensor, without concatenating."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        gate, up = gate_up.chunk(2, -1)
+        ctx.save_for_backward(gate_up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, d_y: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, -1)
+        d_gate_up = torch.empty_like(gate_up)
+        d_gate, d_up = d_gate_up.chunk(2, -1)
+        sigmoid = gate.sigmoid()
+        silu = gate * sigmoid
+        torch.mul(d_y, silu, out=d_up)
+        # d silu / d gate = sigmoid + silu * (1 - sigmoid)
+        torch.mul(torch.addcmul(sigmoid, silu, 1 - sigmoid), up, out=d_gate)
+        d_gate.mul_(d_y)
+        return d_gate_up
+
+
+SWIGLU = Operation("swiglu", [Implementation("fused", _FusedSwiGLU.apply), Implementation("reference", _reference)])

@@ -1,0 +1,212 @@
+"""A run directory: everything that is known about one execution of a stage, in one place.
+
+    RUN/config.toml        the resolved recipe; running it again repeats the run
+    RUN/provenance.json    command, commit, packages, machine, chosen op implementations
+    RUN/metrics.jsonl      one record a line, the truth about the run; reports and trackers follow it
+    RUN/logs/run.log       what was logged, with tracebacks
+    RUN/checkpoints/       resumable states (train/checkpoint.py)
+    RUN/model/             the result as a Hugging Face directory
+
+Nothing is guessed from a directory's name.
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from qwench import config
+
+log = logging.getLogger("qwench.run")
+console = Console(stderr=True)
+
+PACKAGES = ("torch", "numpy", "tokenizers", "gigatoken", "safetensors", "pydantic")
+Resume = Literal["auto", "force", "never"]
+
+
+class Run:
+    """An open run directory.
+
+    `resume="auto"` continues a directory of the same recipe and refuses one of another recipe; "force" continues
+    with the new recipe; "never" refuses any directory that already holds a run.
+    """
+
+    def __init__(self, path: Path, recipe: Any, stage: str, resume: Resume = "auto") -> None:
+        self.path, self.stage = path, stage
+        self._check_recipe(recipe, resume)
+        (path / "logs").mkdir(parents=True, exist_ok=True)
+        write_atomically(path / "config.toml", config.dump(recipe))
+        self._handler = logging.FileHandler(path / "logs" / "run.log", encoding="utf-8")
+        self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        logging.getLogger("qwench").addHandler(self._handler)
+        logging.getLogger("qwench").setLevel(logging.INFO)
+        self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
+
+    def _check_recipe(self, recipe: Any, resume: Resume) -> None:
+        recorded = self.path / "config.toml"
+        if not recorded.exists():
+            return
+        if resume == "never":
+            raise ValueError(f"{self.path} already holds a run; give another out=... or resume=auto")
+        old, new = config.read_toml(recorded), config.to_dict(recipe)
+        changed = sorted(_differences(old, new))
+        if changed and resume == "auto":
+            raise ValueError(
+                f"{self.path} holds a run of another recipe (different: {', '.join(changed)}); "
+                "give another out=..., or resume=force to continue it with the new values"
+            )
+
+    def record(self, **values: Any) -> None:
+        """Append one line to metrics.jsonl; it reaches the file at once."""
+        self._metrics.write(json.dumps({"time": round(time.time(), 3), **values}, ensure_ascii=False) + "\n")
+        self._metrics.flush()
+
+    def forget_after(self, step: int) -> None:
+        """Drop records of steps after `step`: they belong to work that a crash threw away and that is now repeated."""
+        self._metrics.close()
+        path = self.path / "metrics.jsonl"
+        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+        write_atomically(path, "".join(line + "\n" for line in kept))
+        self._metrics = path.open("a", encoding="utf-8")
+
+    def write_provenance(self, **extra: Any) -> None:
+        write_atomically(self.path / "provenance.json", json.dumps(provenance() | extra, indent=2) + "\n")
+
+    def close(self) -> None:
+        self._metrics.close()
+        logging.getLogger("qwench").removeHandler(self._handler)
+        self._handler.close()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if error is not None and not isinstance(error, KeyboardInterrupt):
+            log.error("the run stopped", exc_info=error)
+        self.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """All records of a run; a last line that a crash cut short is left out."""
+    records = []
+    for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line).get("step", 0)
+    except json.JSONDecodeError:
+        return float("inf")
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> Iterator[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in {*old, *new} - {"resume"}:
+            yield from _differences(old.get(key), new.get(key), f"{prefix}{key}.")
+    elif old != new:
+        yield prefix.removesuffix(".")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replace a small file in one step: readers see the old content or the new, never a part."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def provenance() -> dict[str, Any]:
+    """Command, code, packages and machine of this process."""
+    return {
+        "command": " ".join(sys.argv),
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "qwench": importlib.metadata.version("qwench"),
+        "commit": git_commit(),
+        "python": platform.python_version(),
+        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "machine": machine(),
+    }
+
+
+def machine() -> dict[str, Any]:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+    return {
+        "system": platform.platform(),
+        "cpu": cpu_name(),
+        "cores": usable_cores(),
+        "memory_gib": round(memory / 2**30, 1),
+    }
+
+
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def git_commit() -> str | None:
+    """Commit of the checkout that qwench runs from, with "-dirty" when it has changes; None outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+    try:
+        described = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return described.stdout.strip() or None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def progress(*extra: str) -> Progress:
+    """A progress bar on stderr; `extra` are further columns, for example "{task.fields[rate]}"."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        *(TextColumn(column) for column in extra),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=None if console.is_terminal else True,
+    )

@@ -1,0 +1,83 @@
+"""`qwench sft`: supervised fine-tuning on conversations [Qwen TR 3.1], [Qwen2 TR 4].
+
+Conversations are JSONL in OpenAI message form. They are rendered to token ids by the tokenizer's chat template; the
+loss is on the assistant's tokens, the closing <|im_end|> included. Samples are packed into rows and kept apart there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from qwench import config
+from qwench.data.packing import SampleDataset
+from qwench.run import Run, console
+from qwench.tokenizer import Tokenizer
+from qwench.train.command import parse_recipe, report
+from qwench.train.config import SFTConfig
+from qwench.train.loop import Trainer, TrainResult, training_device
+from qwench.train.start import build_model
+from qwench.types import Sample
+
+
+def sft(recipe: SFTConfig) -> TrainResult:
+    """Fine-tune from `recipe`; the result is recipe.out/model. Raises ValueError naming file and line of bad data."""
+    source = recipe.tokenizer or recipe.model.path
+    if source is None:
+        raise ValueError("the model starts from random weights; give tokenizer=DIR as well")
+    tokenizer = Tokenizer.load(source)
+    if recipe.chat_format is not None:
+        tokenizer = tokenizer.with_chat_format(recipe.chat_format)
+    dataset = sample_dataset(recipe, tokenizer, recipe.train_data)
+    val_dataset = sample_dataset(recipe, tokenizer, recipe.val_data) if recipe.val_data else None
+    if dataset.num_over_long:
+        console.print(f"{dataset.num_over_long} conversations are longer than {recipe.seq_len} tokens: {recipe.over_long}")
+    model = build_model(recipe.model, tokenizer, training_device(recipe.loop), recipe.loop.seed)
+    # A chat model ends its turn with <|im_end|>; the base model's end token stays the second one.
+    model.config = dataclasses.replace(model.config, eos_token_id=tokenizer.im_end_id)
+    with Run(recipe.out, recipe, "sft", recipe.resume) as run:
+        return Trainer(recipe, run, model, tokenizer, dataset, val_dataset).train()
+
+
+def sample_dataset(recipe: SFTConfig, tokenizer: Tokenizer, files: Sequence[Path]) -> SampleDataset:
+    samples = [sample for path in files for sample in render_file(path, tokenizer, recipe.mask)]
+    return SampleDataset(samples, recipe.seq_len, recipe.loop.seed, over_long=recipe.over_long)
+
+
+def render_file(path: Path, tokenizer: Tokenizer, mask: str) -> Iterator[Sample]:
+    """The samples of one conversation file. Raises ValueError naming the line that is no conversation."""
+    for number, table in read_conversations(path):
+        try:
+            yield tokenizer.render_sample(table["messages"], table.get("tools"), mask=mask)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
+
+
+def read_conversations(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number, {"messages": ..., "tools": ...}) of a JSONL file."""
+    if not path.is_file():
+        raise ValueError(f"no conversation file {path}; give a JSONL file with one {{\"messages\": [...]}} a line")
+    found = False
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                table = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}:{number} is not JSON: {error}") from None
+            if not isinstance(table, dict) or not isinstance(table.get("messages"), list):
+                raise ValueError(f'{path}:{number} has no list "messages"; write {{"messages": [{{"role": ...}}, ...]}}')
+            found = True
+            yield number, table
+    if not found:
+        raise ValueError(f"{path} is empty; give at least one conversation")
+
+
+def main(argv: list[str]) -> int:
+    recipe = config.load(SFTConfig, parse_recipe("sft", __doc__, argv))
+    report(sft(recipe), recipe.out)
+    return 0

@@ -1,0 +1,138 @@
+"""Encoding equals the `tokenizers` library on every input, and our own definition of BPE."""
+
+import threading
+import unicodedata
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwench.tokenizer import Tokenizer, bpe
+from qwench.tokenizer.backend import GigatokenBackend, TokenizersBackend, _doubtful, normalise
+from qwench.tokenizer.special import CONTROL_SETS
+
+ALPHABET = st.characters(exclude_categories=("Cs",))
+MARKS = ("e\u0301", "\u0300", "\u0345", "\u1100\u1161\u11a8", "\u00a0", "\u2028", "\x85", "\u200d", "\ufe0f")
+NEW_LETTERS = ("\U000323b0", "\U00016ff0", "\u0378")
+LONGER = ("\r\n", "  ", "\n\n", "'s", "'LL", "'ſ", "👩\u200d👩\u200d👧")
+ODD = st.sampled_from(
+    (*"aZ 0\n\r\t'.<|>\x00🙂你", *LONGER, *MARKS, *NEW_LETTERS, *CONTROL_SETS["qwen2.5"], "<|im_", "start|>")
+)
+TEXT = st.lists(st.one_of(ODD, ALPHABET), max_size=40).map("".join)
+
+
+@given(text=TEXT)
+@settings(max_examples=600, deadline=None)
+def test_equal_to_tokenizers_and_to_the_definition(small, small_oracle, text: str) -> None:
+    ids = small.encode(text)
+    assert ids == small_oracle.encode(text, add_special_tokens=False).ids
+    if not _doubtful()[[ord(char) for char in text]].any():  # Python's and regex's tables are of other versions
+        assert ids == bpe.encode(text, small.vocabulary.ranks)
+
+
+@given(text=TEXT)
+@settings(max_examples=300, deadline=None)
+def test_parsing_control_tokens_equals_tokenizers(small, small_oracle_parsing, text: str) -> None:
+    assert small.encode(text, parse_special=True) == small_oracle_parsing.encode(text, add_special_tokens=False).ids
+
+
+@given(text=TEXT)
+@settings(max_examples=300, deadline=None)
+def test_decoding_gives_the_normalised_text(small, text: str) -> None:
+    assert small.decode(small.encode(text)) == normalise(text)
+    assert max(small.encode(text), default=0) < small.num_regular
+
+
+@pytest.mark.real
+@given(text=TEXT)
+@settings(max_examples=300, deadline=None)
+def test_the_real_vocabulary_equals_tokenizers(real, real_oracle, text: str) -> None:
+    assert real.encode(text) == real_oracle.encode(text, add_special_tokens=False).ids
+
+
+def test_every_code_point_is_classed_alike(small, small_oracle) -> None:
+    """All assigned code points, each where its class decides how the text is cut: letters keep "'s" whole."""
+    assert small.backend == "gigatoken"
+    assert b"'s" in small.vocabulary.ranks
+    codes = np.arange(0x40000)
+    codes = codes[~_doubtful()[codes] & ((codes < 0xD800) | (codes > 0xDFFF))]
+    for first in range(0, len(codes), 4096):
+        text = "".join(f"a{chr(code)}'s\n{chr(code)}\n 1{chr(code)}  x" for code in codes[first : first + 4096])
+        text = normalise(text)
+        assert small.encode(text) == small_oracle.encode(text, add_special_tokens=False).ids
+
+
+def test_normalisation_is_that_of_tokenizers() -> None:
+    """Our shortcut (Python's check first) on every code point after a letter and after a mark."""
+    from tokenizers.normalizers import NFC
+
+    nfc = NFC()
+    codes = [code for code in range(0x30000) if not 0xD800 <= code < 0xE000 and not chr(code).isascii()]
+    for first in range(0, len(codes), 256):
+        text = " ".join(f"e{chr(code)}\u0327\u0301 {chr(code)}\u0300" for code in codes[first : first + 256])
+        assert normalise(text) == nfc.normalize_str(text)
+    assert all(normalise(chr(code)) == nfc.normalize_str(chr(code)) for code in codes)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [*("a", " ", "\n", "0", "你", "\r\n", "\x00", "e\u0301", "🙂", "!", " \t")],
+    ids=ascii,
+)
+def test_long_lines(small, small_oracle, text: str) -> None:
+    text = text * (300_000 // len(text)) + "x"
+    assert small.encode(text) == small_oracle.encode(text, add_special_tokens=False).ids
+
+
+def test_lone_surrogates_become_the_replacement_character(small) -> None:
+    assert small.encode("a\ud800b") == small.encode("a\ufffdb")
+    assert small.encode("\ud83d\ude42") == small.encode("🙂")  # a pair is the character it spells
+    assert small.encode_batch(["\udfff"])[0].tolist() == small.encode("\ufffd")
+
+
+def test_both_backends_agree(small) -> None:
+    fast, exact = GigatokenBackend(small.vocabulary), TokenizersBackend(small.vocabulary)
+    for text in ("", "x", "I'm 42\n\n", "你好 🙂 \U000323b0's e\u0301\U00016ff0\u0300"):
+        assert fast.encode(text).tolist() == exact.encode(text).tolist()
+        assert fast.encode(text).dtype == exact.encode(text).dtype == np.int32
+
+
+def test_the_encoder_is_renewed_without_a_change(small, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwench.tokenizer.backend.RENEW_AFTER_BYTES", 10)
+    backend = GigatokenBackend(small.vocabulary)
+    first = backend._encoder
+    ids = [backend.encode("some words to remember").tolist() for _ in range(3)]
+    assert ids == [small.encode("some words to remember")] * 3
+    assert backend._encoder is not first
+
+
+def test_batches_in_threads(small) -> None:
+    texts = [f"{number} some text with é and 你好 " * (number % 7) for number in range(3000)]
+    expected = [small.encode(text) for text in texts]
+    for threads in (1, 3, None):
+        batch = small.encode_batch(texts, num_threads=threads)
+        assert [ids.tolist() for ids in batch] == expected
+        assert all(ids.dtype == np.int32 for ids in batch)
+    with pytest.raises(ValueError, match="num_threads"):
+        small.encode_batch(texts, num_threads=0)
+
+
+def test_many_threads_share_one_tokenizer(small: Tokenizer) -> None:
+    texts = [
+        unicodedata.normalize("NFD", f"Überzeugung {number} é") + "\U000323b0" * (number % 2) for number in range(400)
+    ]
+    expected = [small.encode(text) for text in texts]
+    wrong: list[int] = []
+
+    def work(start: int) -> None:
+        for number in range(start, len(texts), 4):
+            if small.encode(texts[number]) != expected[number]:
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(start % 4,)) for start in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
