@@ -20,7 +20,9 @@ class Command:
 
 COMMANDS = {
     "demo": Command("qwench.demo.command:main", "the whole recipe at small size on this machine, and its report"),
-    "tokenizer": Command("qwench.tokenizer.commands:main", "train, import and inspect tokenizers; encode text to shards"),
+    "tokenizer": Command(
+        "qwench.tokenizer.commands:main", "train, import and inspect tokenizers; encode text to shards"
+    ),
     "tokenizer encode": Command("qwench.data.encode:main", ""),
     "pretrain": Command("qwench.train.pretrain:main", "next-token training on token shards"),
     "sft": Command("qwench.train.sft:main", "supervised fine-tuning on conversations"),
@@ -90,7 +92,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"qwench: there is no command {name!r}; {hint}", file=sys.stderr)
         return 2
     try:
-        return load_function(COMMANDS[name].main)(arguments[len(name.split()) :])
+        code = load_function(COMMANDS[name].main)(arguments[len(name.split()) :])
+        sys.stdout.flush()  # here, where a reader that went away is still one line and not a traceback
+        return code
     except KeyboardInterrupt:
         print("qwench: stopped", file=sys.stderr)
         return 130
@@ -104,10 +108,13 @@ def main(argv: list[str] | None = None) -> int:
 def explain(error: Exception) -> str:
     """One message for an expected failure: what, where, what to do."""
     if isinstance(error, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again when it ends
         return "the reader of the output went away"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where = f" while writing {error.filename}" if error.filename else ""
-        return f"the disk is full{where}; what was saved before is intact. Free some space and run the same command again"
+        return (
+            f"the disk is full{where}; what was saved before is intact. Free some space and run the same command again"
+        )
     if isinstance(error, OSError) and error.filename:
         return f"{error.strerror or type(error).__name__}: {error.filename}"
     return str(error) or type(error).__name__

@@ -17,9 +17,11 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import datetime
 import difflib
 import inspect
 import json
+import os
 import textwrap
 import tomllib
 import types
@@ -59,16 +61,17 @@ def load(schema: type[T], arguments: Sequence[str | Path] = ()) -> T:
 
 
 def is_override(argument: str) -> bool:
-    return "=" in argument and not Path(argument).exists()
+    # os.path.exists, since Path.exists raises for what is too long to be a path.
+    return "=" in argument and not os.path.exists(argument)
 
 
 def find_recipe(name: str) -> Path:
     """A path as given, or a recipe of the package by its bare name."""
     path = Path(name)
-    if path.is_file():
+    if os.path.isfile(path):
         return path
     shipped = RECIPES / f"{name.removesuffix('.toml')}.toml"
-    if shipped.is_file():
+    if os.path.isfile(shipped):
         return shipped
     known = sorted(p.stem for p in RECIPES.glob("*.toml"))
     hint = f"; shipped recipes are {', '.join(known)}" if known else ""
@@ -85,11 +88,15 @@ def read_toml(path: Path) -> dict[str, Any]:
 def parse_override(argument: str) -> dict[str, Any]:
     """`optim.lr=1e-3` as a nested table. What is no TOML value is taken as a string, so paths need no quotes."""
     key, _, value = argument.partition("=")
+    leaf: Any
     key = key.strip()
+    if not value.strip():
+        raise ValueError(f"override {argument!r} has no value; write {key}=VALUE, or {key}='\"\"' for an empty string")
     try:
         parsed = tomllib.loads(f"value = {value}")
-        # A second line inside the value would smuggle in further keys.
-        leaf = parsed["value"] if list(parsed) == ["value"] else value
+        # A second line inside the value would smuggle in further keys; a date is meant as a name (out=2025-11-21).
+        dated = isinstance(parsed["value"], (datetime.date, datetime.time))
+        leaf = parsed["value"] if list(parsed) == ["value"] and not dated else value
     except tomllib.TOMLDecodeError:
         leaf = value
     parts = key.split(".")
@@ -112,9 +119,27 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def from_dict(schema: type[T], table: dict[str, Any]) -> T:
     """Convert a plain table to `schema`; every problem is named in one ValueError."""
     try:
-        return TypeAdapter(schema).validate_python(table)
+        return TypeAdapter(schema).validate_python(_under(schema, table, None))
     except ValidationError as error:
         raise ValueError("\n".join(_explain(schema, problem) for problem in error.errors())) from None
+
+
+def _under(schema: type, table: dict[str, Any], stage: Any) -> dict[str, Any]:
+    """The table with the stage's own defaults under it.
+
+    A stage may give a section other defaults than its class has (SFT's optim.lr). A table that sets one key of such a
+    section must not bring back the class's values for the others. `stage` is that default section, or None.
+    """
+    hints = typing.get_type_hints(schema)
+    result = dict(table)
+    for field in dataclasses.fields(schema):
+        default = _default(field) if stage is None else getattr(stage, field.name)
+        inner = _config_class(hints[field.name])
+        if inner is not None and isinstance(result.get(field.name), dict):
+            result[field.name] = _under(inner, result[field.name], default if isinstance(default, inner) else None)
+        elif stage is not None:
+            result.setdefault(field.name, default)
+    return result
 
 
 def _explain(schema: type, problem: Any) -> str:
@@ -129,10 +154,15 @@ def _explain(schema: type, problem: Any) -> str:
         near = near or difflib.get_close_matches(dotted, list(known), n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(siblings)}"
         return f"unknown key {dotted!r}; {hint}"
-    if problem["type"] in ("missing", "missing_argument"):
+    known = dict(_keys(schema))
+    while len(location) > 1 and dotted not in known and not location[-1].isdigit():
+        dotted = ".".join(location := location[:-1])  # the chosen member of a union again
+    if problem["type"] in ("missing", "missing_argument") and not location[-1].isdigit():
         return f"key {dotted!r} is required; give it in the recipe or as {dotted}=..."
     message = problem["msg"].removeprefix("Value error, ")
     shown = f" (got {problem['input']!r})" if not isinstance(problem["input"], dict) else ""
+    if problem["type"] in ("path_type", "string_type") and isinstance(problem["input"], (int, float)):
+        shown += f"; a name that looks like a number needs quotes: {dotted}='\"{problem['input']}\"'"
     return f"{dotted}: {message}{shown}" if dotted else message
 
 
@@ -142,7 +172,8 @@ def _config_class(hint: Any) -> type | None:
     if dataclasses.is_dataclass(hint):
         return typing.cast(type, hint)
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        return next((arg for arg in typing.get_args(hint) if dataclasses.is_dataclass(arg)), None)
+        members = (arg for arg in typing.get_args(hint) if dataclasses.is_dataclass(arg))
+        return typing.cast("type | None", next(members, None))
     return None
 
 
@@ -173,7 +204,7 @@ def to_dict(value: Any) -> Any:
         pairs = ((f.name, to_dict(getattr(value, f.name))) for f in dataclasses.fields(value))
         return {name: item for name, item in pairs if item is not None}
     if isinstance(value, dict):
-        return {str(key): to_dict(item) for key, item in value.items()}
+        return {str(key): to_dict(item) for key, item in value.items() if item is not None}
     if isinstance(value, (list, tuple)):
         return [to_dict(item) for item in value]
     return str(value) if isinstance(value, Path) else value
@@ -195,8 +226,11 @@ def _table_lines(table: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[
             yield from _table_lines(item, (*path, key))
 
 
-def describe(schema: type, path: tuple[str, ...] = ()) -> str:
-    """The defaults of a schema as commented TOML: the help page of a stage (`qwench config show STAGE`)."""
+def describe(schema: type, path: tuple[str, ...] = (), stage: Any = None) -> str:
+    """The defaults of a schema as commented TOML: the help page of a stage (`qwench config show STAGE`).
+
+    `path` names the section that `schema` is, and `stage` is the default that the enclosing schema has for it.
+    """
     lines: list[str] = []
     docs, hints = field_docs(schema), typing.get_type_hints(schema)
     nested = [f for f in dataclasses.fields(schema) if _config_class(hints[f.name])]
@@ -204,7 +238,7 @@ def describe(schema: type, path: tuple[str, ...] = ()) -> str:
         if field in nested:
             continue
         lines += [f"# {line}" for line in docs.get(field.name, "").splitlines()]
-        default = _default(field)
+        default = _default(field) if stage is None else getattr(stage, field.name)
         if default is dataclasses.MISSING:
             lines.append(f"# {field.name} = ...    required, {_type_name(hints[field.name])}")
         elif default is None:
@@ -215,8 +249,13 @@ def describe(schema: type, path: tuple[str, ...] = ()) -> str:
         inner = _config_class(hints[field.name])
         assert inner is not None
         lines += ["", *(f"# {line}" for line in docs.get(field.name, "").splitlines())]
-        unset = "    # unset unless a key below is given" if _default(field) is None else ""
-        lines += [f"[{'.'.join((*path, field.name))}]{unset}", describe(inner, (*path, field.name)).rstrip()]
+        default = _default(field) if stage is None else getattr(stage, field.name)
+        section = [f"[{'.'.join((*path, field.name))}]"]
+        section += describe(inner, (*path, field.name), default if isinstance(default, inner) else None).splitlines()
+        if default is None:  # its keys would bring it to life
+            section = [line if not line or line.startswith("#") else f"# {line}" for line in section]
+            section[0] += "    unset"
+        lines += section
     return "\n".join(lines) + "\n"
 
 
@@ -231,7 +270,7 @@ def _type_name(hint: Any) -> str:
 
 
 def _toml_key(key: str) -> str:
-    return key if key and all(c.isascii() and (c.isalnum() or c in "_-") for c in key) else json.dumps(key)
+    return key if key and all(c.isascii() and (c.isalnum() or c in "_-") for c in key) else _toml_value(key)
 
 
 def _toml_value(value: Any) -> str:

@@ -16,14 +16,16 @@ import datetime
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -38,17 +40,24 @@ Resume = Literal["auto", "force", "never"]
 
 
 class Run:
-    """An open run directory.
+    """An open run directory, which belongs to one process at a time.
 
     `resume="auto"` continues a directory of the same recipe and refuses one of another recipe; "force" continues
-    with the new recipe; "never" refuses any directory that already holds a run.
+    with the new recipe; "never" refuses any directory that already holds a run. A directory in which nothing has been
+    recorded or saved yet holds no run.
     """
 
     def __init__(self, path: Path, recipe: Any, stage: str, resume: Resume = "auto") -> None:
         self.path, self.stage = path, stage
-        self._check_recipe(recipe, resume)
         (path / "logs").mkdir(parents=True, exist_ok=True)
-        write_atomically(path / "config.toml", config.dump(recipe))
+        self._lock = _lock(path)
+        try:
+            self._check_recipe(recipe, resume)
+            write_atomically(path / "config.toml", config.dump(recipe))
+            _cut_half_line(path / "metrics.jsonl")
+        except BaseException:
+            self._lock.close()
+            raise
         self._handler = logging.FileHandler(path / "logs" / "run.log", encoding="utf-8")
         self._handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         logging.getLogger("qwench").addHandler(self._handler)
@@ -56,13 +65,14 @@ class Run:
         self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
 
     def _check_recipe(self, recipe: Any, resume: Resume) -> None:
-        recorded = self.path / "config.toml"
-        if not recorded.exists():
+        recorded, metrics = self.path / "config.toml", self.path / "metrics.jsonl"
+        begun = (metrics.exists() and metrics.stat().st_size) or any(self.path.glob("checkpoints/*"))
+        if not recorded.exists() or not begun:
             return
         if resume == "never":
             raise ValueError(f"{self.path} already holds a run; give another out=... or resume=auto")
         old, new = config.read_toml(recorded), config.to_dict(recipe)
-        changed = sorted(_differences(old, new))
+        changed = sorted(set(_differences(old, new)) - {"out", "resume"})
         if changed and resume == "auto":
             raise ValueError(
                 f"{self.path} holds a run of another recipe (different: {', '.join(changed)}); "
@@ -70,15 +80,17 @@ class Run:
             )
 
     def record(self, **values: Any) -> None:
-        """Append one line to metrics.jsonl; it reaches the file at once."""
-        self._metrics.write(json.dumps({"time": round(time.time(), 3), **values}, ensure_ascii=False) + "\n")
+        """Append one line to metrics.jsonl; it reaches the file at once. Numbers that JSON lacks (NaN) become null."""
+        finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
+        line = json.dumps({"time": round(time.time(), 3), **finite}, ensure_ascii=False, allow_nan=False)
+        self._metrics.write(line + "\n")
         self._metrics.flush()
 
     def forget_after(self, step: int) -> None:
         """Drop records of steps after `step`: they belong to work that a crash threw away and that is now repeated."""
         self._metrics.close()
         path = self.path / "metrics.jsonl"
-        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+        kept = [line for line in _lines(path) if json.loads(line).get("step", 0) <= step]
         write_atomically(path, "".join(line + "\n" for line in kept))
         self._metrics = path.open("a", encoding="utf-8")
 
@@ -89,6 +101,7 @@ class Run:
         self._metrics.close()
         logging.getLogger("qwench").removeHandler(self._handler)
         self._handler.close()
+        self._lock.close()
 
     def __enter__(self) -> Run:
         return self
@@ -101,25 +114,43 @@ class Run:
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """All records of a run; a last line that a crash cut short is left out."""
-    records = []
-    for line in (path / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records
+    return [json.loads(line) for line in _lines(path / "metrics.jsonl")]
 
 
-def _step_of(line: str) -> float:
+def _lines(path: Path) -> list[str]:
+    """The complete lines of a file. Not `splitlines`, which also cuts at characters that JSON allows in a string."""
+    return [line.decode("utf-8") for line in path.read_bytes().split(b"\n")[:-1]]
+
+
+def _cut_half_line(path: Path) -> None:
+    """Remove what follows the last line end, so that the next record does not continue a line that a crash cut."""
+    if path.exists():
+        with path.open("rb+") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def _lock(path: Path) -> IO[bytes]:
+    """Hold the run directory until the file is closed or the process ends, however it ends."""
+    file = (path / ".lock").open("ab")
+    if sys.platform == "win32":
+        return file
+    import fcntl
+
     try:
-        return json.loads(line).get("step", 0)
-    except json.JSONDecodeError:
-        return float("inf")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(
+            f"another process is working in {path}; wait for it or stop it, or give another out=..."
+        ) from None
+    except OSError as error:  # a file system without locks
+        log.warning("%s cannot be locked (%s); see to it that only one process works there", path, error)
+    return file
 
 
 def _differences(old: Any, new: Any, prefix: str = "") -> Iterator[str]:
     if isinstance(old, dict) and isinstance(new, dict):
-        for key in {*old, *new} - {"resume"}:
+        for key in {*old, *new}:
             yield from _differences(old.get(key), new.get(key), f"{prefix}{key}.")
     elif old != new:
         yield prefix.removesuffix(".")
@@ -141,7 +172,7 @@ def write_atomically(path: Path, text: str) -> None:
 def provenance() -> dict[str, Any]:
     """Command, code, packages and machine of this process."""
     return {
-        "command": " ".join(sys.argv),
+        "command": shlex.join(sys.argv),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "qwench": importlib.metadata.version("qwench"),
         "commit": git_commit(),
@@ -208,5 +239,5 @@ def progress(*extra: str) -> Progress:
         TextColumn("left"),
         TimeRemainingColumn(),
         console=console,
-        disable=None if console.is_terminal else True,
+        disable=not console.is_terminal,
     )

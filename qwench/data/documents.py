@@ -72,10 +72,10 @@ def read_documents(
 ) -> Iterator[Document]:
     """Documents of files and folders (recursive, sorted; hidden files and links to folders are left out).
 
-    Ids are paths below the given one, with `:line` for records of JSON lines and Parquet and for the pieces of plain
-    text longer than `piece_bytes`, which is cut at blank lines so that memory stays bounded. `text_field` names the
-    field of a record, several are tried in order. What could not be read is appended to `skipped`. Records written by
-    `write_documents` come back as they were.
+    Ids are paths below the given one, with `:line` for records of JSON lines and Parquet and for the later pieces of
+    plain text longer than `piece_bytes`, which is cut at blank lines so that memory stays bounded. `text_field` names
+    the field of a record, several are tried in order. What could not be read is appended to `skipped`. Records written
+    by `write_documents` come back as they were.
 
     Raises ValueError at the call if a path does not exist or nothing has a readable kind of file, and at the end of the
     iteration if no file held any text.
@@ -210,9 +210,14 @@ def _read_file(
         elif kind == "web":
             yield Document(id=name, text=html_to_text(decode_html(file.read())), source=_root(name), kind="web")
         else:
+            seen: Counter[int] = Counter()
             for line, text in _text_pieces(file, path, piece_bytes):
                 position.done_bytes = before + raw.tell()
-                yield Document(id=name if line == 1 else f"{name}:{line}", text=text, source=_root(name), kind=kind)
+                seen[line] += 1
+                place = f"{name}:{line}" if seen.total() > 1 else name
+                if seen[line] > 1:  # a line so long that it was cut
+                    place += f".{seen[line]}"
+                yield Document(id=place, text=text, source=_root(name), kind=kind)
 
 
 def _root(name: str) -> str:
@@ -381,12 +386,7 @@ def _decompressed(raw: BinaryIO, suffix: str) -> Iterator[BinaryIO]:
         with gzip.open(raw) as file:
             yield cast(BinaryIO, file)
     elif suffix == ".zst":
-        zstandard = _zstandard()
-        try:
-            with zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True, closefd=False) as stream:
-                yield cast(BinaryIO, io.BufferedReader(stream))
-        except zstandard.ZstdError as error:
-            raise OSError(str(error)) from None
+        yield cast(BinaryIO, io.BufferedReader(_ZstdFile(raw), 1 << 17))
     else:
         yield raw
 
@@ -401,6 +401,44 @@ def _compressor(raw: BinaryIO, suffix: str) -> Iterator[IO[bytes]]:
             yield stream
     else:
         yield raw
+
+
+class _ZstdFile(io.RawIOBase):
+    """Frames of zstd one after the other. Unlike zstandard's own reader it does not take a cut file for a whole one."""
+
+    def __init__(self, raw: BinaryIO) -> None:
+        self._module = _zstandard()
+        self._raw = raw
+        self._frame: Any = None
+        self._plain = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        rest = b""
+        while not self._plain:
+            # Little at a time: what it becomes can be a thousand times as long
+            data = rest or self._raw.read(1 << 12)
+            rest = b""
+            if not data:
+                if self._frame is not None:
+                    raise EOFError("compressed file ends too early")
+                return 0
+            if self._frame is None:
+                self._frame = self._module.ZstdDecompressor().decompressobj()
+            try:
+                self._plain = memoryview(self._frame.decompress(data))
+            except self._module.ZstdError as error:
+                raise OSError(str(error)) from None
+            if self._frame.eof:
+                rest, self._frame = self._frame.unused_data, None
+                if rest and self._plain:
+                    self._raw.seek(-len(rest), io.SEEK_CUR)
+        size = min(len(buffer), len(self._plain))
+        buffer[:size] = self._plain[:size]
+        self._plain = self._plain[size:]
+        return size
 
 
 def _zstandard() -> Any:

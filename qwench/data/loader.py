@@ -120,7 +120,7 @@ class RowLoader:
     def close(self) -> None:
         """Forget prefetched steps and end the background thread; the loader can still be continued."""
         if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
         self._pending.clear()
         self._submitted = self._consumed

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TextIO
 
 from rich.console import Console
+from rich.markup import escape
 
 from qwench.engine.engine import Engine
 from qwench.types import Message, SamplingParams
@@ -44,7 +45,7 @@ def main(argv: list[str]) -> int:
         seed=args.seed,
     )
     started = time.perf_counter()
-    with err.status(f"loading {args.model}"):
+    with err.status(f"loading {escape(args.model)}"):
         engine = Engine(args.model, args.device, args.dtype, args.tokenizer)
     err.print(f"[dim]loaded in {time.perf_counter() - started:.1f} s; /help lists the commands[/]")
     chat = Chat(engine, params, args.system)
@@ -58,8 +59,9 @@ def main(argv: list[str]) -> int:
 class Chat:
     """One conversation: its messages, and how answers are printed."""
 
-    def __init__(self, engine: Engine, params: SamplingParams, system: str | None, out: TextIO = sys.stdout) -> None:
-        self.engine, self.params, self.system, self.out = engine, params, system, out
+    def __init__(self, engine: Engine, params: SamplingParams, system: str | None, out: TextIO | None = None) -> None:
+        """`out` is where answers go, stdout by default."""
+        self.engine, self.params, self.system, self.out = engine, params, system, out or sys.stdout
         self.show_stats = True
         self.messages: list[Message] = []
         self.clear()
@@ -68,9 +70,9 @@ class Chat:
         self.messages = [Message(role="system", content=self.system)] if self.system is not None else []
 
     def ask(self, text: str) -> str:
-        """Add a question, stream the answer to `out`, and return it."""
-        self.messages.append(Message(role="user", content=text))
-        prompt = self.engine.tokenizer.render(self.messages)
+        """Add a question, stream the answer to `out`, and return it. A question that fails is not kept."""
+        question = Message(role="user", content=text)
+        prompt = self.engine.tokenizer.render([*self.messages, question])
         answer, num_tokens, first, started = "", 0, None, time.perf_counter()
         pieces = self.engine.stream(prompt, self.params)
         try:
@@ -83,7 +85,7 @@ class Chat:
         except KeyboardInterrupt:
             err.print("\n[dim](stopped)[/]", end="")
         self.out.write("\n")
-        self.messages.append(Message(role="assistant", content=answer))
+        self.messages += [question, Message(role="assistant", content=answer)]
         if self.show_stats and first is not None:
             self._print_stats(len(prompt), num_tokens, first - started, time.perf_counter() - first)
         return answer
@@ -95,7 +97,7 @@ class Chat:
     def loop(self) -> int:
         while True:
             try:
-                line = input("\n> ").strip()
+                line = input("\n> " if sys.stdin.isatty() else "").strip()
             except EOFError:
                 return 0
             except KeyboardInterrupt:
@@ -112,7 +114,7 @@ class Chat:
         try:
             self.ask(text)
         except ValueError as error:
-            err.print(f"[red]{error}[/]")
+            err.print(f"[red]{escape(str(error))}[/]")
 
     def _command(self, name: str, rest: str) -> None:
         if name == "/system":

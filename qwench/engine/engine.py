@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from qwench.engine.naive import Chunk, NaiveGenerator
+from qwench.model.checkpoint import locate
 from qwench.model.load import load_model
 from qwench.ops.hardware import pick_device
 from qwench.tokenizer import Tokenizer
@@ -25,14 +26,19 @@ class Engine:
     """
 
     def __init__(
-        self, path: str | Path, device: str = "auto", dtype: str | torch.dtype = "auto", tokenizer: str | Path | None = None
+        self,
+        path: str | Path,
+        device: str = "auto",
+        dtype: str | torch.dtype = "auto",
+        tokenizer: str | Path | None = None,
     ) -> None:
         """`dtype` "auto" takes bf16 on a GPU and fp32 on a CPU. `tokenizer` overrides the one beside the model."""
         place = pick_device(device)
         if dtype == "auto":
             dtype = "bfloat16" if place.type == "cuda" else "float32"
-        self.tokenizer = Tokenizer.load(tokenizer or path)
-        self.model = load_model(path, device=place, dtype=dtype)
+        where = locate(path)
+        self.tokenizer = Tokenizer.load(tokenizer or where)
+        self.model = load_model(where, device=place, dtype=dtype)
         self._generator = NaiveGenerator(self.model, self.tokenizer)
 
     def generate(

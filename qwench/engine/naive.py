@@ -96,7 +96,7 @@ class NaiveGenerator:
 
         Text that could still turn into a stop string is held back. Rows of the model without a token are never drawn.
         """
-        self._check(token_ids)
+        token_ids = self._checked(token_ids)
         device = self.model.model.embed_tokens.weight.device
         generator = torch.Generator(device)
         if params.seed is None:
@@ -114,8 +114,8 @@ class NaiveGenerator:
         finish: FinishReason = "length"
         cut = False
         while True:
-            logits_V = self.model.head(hidden_TD[-1:])[0, : self.tokenizer.vocab_size]
-            token = sample(logits_V, [*token_ids, *ids], params, generator)
+            logits_V = self.model.head(hidden_TD[-1:])[0]
+            token = sample(logits_V[: self.tokenizer.vocab_size], [*token_ids, *ids], params, generator)
             ids.append(token)
             logprobs.append(float(logits_V.log_softmax(-1)[token]))
             if token in ends:
@@ -140,12 +140,16 @@ class NaiveGenerator:
             completion=Completion(token_ids=ids, text=text, logprobs=logprobs, finish_reason=finish),
         )
 
-    def _check(self, token_ids: Sequence[int]) -> None:
-        if not token_ids:
+    def _checked(self, token_ids: Sequence[int]) -> list[int]:
+        if isinstance(token_ids, str):
+            raise ValueError("the prompt is a string; give token ids, for example tokenizer.encode(text)")
+        ids = [int(token) for token in token_ids]
+        if not ids:
             raise ValueError("the prompt is empty; give at least one token")
         rows = self.model.config.vocab_size
-        if bad := [token for token in token_ids if not 0 <= token < rows]:
+        if bad := [token for token in ids if not 0 <= token < rows]:
             raise ValueError(f"token id {bad[0]} is outside the model's rows 0 to {rows - 1}")
+        return ids
 
 
 def held_back(text: str, stops: Sequence[str]) -> int:

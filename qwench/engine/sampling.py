@@ -15,17 +15,22 @@ from qwench.types import SamplingParams
 
 
 def penalised(logits_V: Tensor, seen_ids: Sequence[int], penalty: float) -> Tensor:
-    """Positive logits of seen tokens divided, negative ones multiplied by `penalty` [Keskar 2019]."""
-    if penalty == 1.0 or not seen_ids:
+    """Positive logits of seen tokens divided, negative ones multiplied by `penalty` [Keskar 2019].
+
+    Seen ids beyond V (rows of the model without a token) have no logit to change.
+    """
+    seen_set = {token for token in seen_ids if token < logits_V.numel()}
+    if penalty == 1.0 or not seen_set:
         return logits_V
-    ids = torch.tensor(sorted(set(seen_ids)), device=logits_V.device)
+    ids = torch.tensor(sorted(seen_set), device=logits_V.device)
     seen = logits_V[ids]
     return logits_V.index_copy(0, ids, torch.where(seen > 0, seen / penalty, seen * penalty))
 
 
 def filtered_probabilities(logits_V: Tensor, params: SamplingParams) -> Tensor:
     """Probabilities [V] after temperature, top-k and top-p; they sum to 1. Needs temperature > 0."""
-    logits_V = logits_V.float() / params.temperature
+    logits_V = logits_V.float()
+    logits_V = (logits_V - logits_V.max()) / params.temperature  # below 0, so that a tiny temperature cannot overflow
     if 0 < params.top_k < logits_V.numel():
         smallest_kept = logits_V.topk(params.top_k).values[-1]
         logits_V = logits_V.masked_fill(logits_V < smallest_kept, float("-inf"))

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import codecs
 import functools
-import os
 import re
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,15 +22,6 @@ from qwench.tokenizer.vocabulary import Vocabulary
 from qwench.types import Message, Sample
 
 Mask = Literal["assistant", "qwen"]
-
-
-def clean(text: str) -> str:
-    """Text that UTF-8 can hold: surrogate pairs become their character, lone surrogates U+FFFD."""
-    try:
-        text.encode("utf-8")  # faster than any search for surrogates
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 class Tokenizer:
@@ -131,25 +120,23 @@ class Tokenizer:
     def encode_batch(
         self, texts: Iterable[str], *, parse_special: bool = False, num_threads: int | None = None
     ) -> list[np.ndarray]:
-        """`encode` for many texts: one int32 array [n_i] each, in order. `num_threads` None uses every core allowed."""
+        """`encode` for many texts: one int32 array [n_i] each, in order.
+
+        `num_threads` 1 stays on the calling thread. None and larger numbers use the encoder's own pool, whose size
+        the environment variable RAYON_NUM_THREADS sets (default: every core); None leaves it alone in worker
+        processes. Texts with `parse_special` are encoded on the calling thread.
+        """
         texts = list(texts)
-        threads = _num_cores() if num_threads is None else num_threads
-        if threads < 1:
+        if num_threads is not None and num_threads < 1:
             raise ValueError(f"num_threads is {num_threads}; give at least 1")
-        num_chars = sum(map(len, texts))
-        threads = min(threads, num_chars // 50_000, len(texts))  # a thread costs more than it brings on less
-        if threads <= 1:
+        if parse_special:
             return [self._encode(text, parse_special) for text in texts]
-        encode = functools.partial(self._encode, parse_special=parse_special)
-        self._backend  # noqa: B018 - built once, before the threads race for it
-        with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(encode, texts))
+        return self._backend.encode_batch(texts, parallel=None if num_threads is None else num_threads > 1)
 
     def _encode(self, text: str, parse_special: bool) -> np.ndarray:
-        text = clean(text)
         if not parse_special:
             return self._backend.encode(text)
-        parts = self._control_pattern.split(text)
+        parts = self._control_pattern.split(backend.clean(text))
         ids = [
             np.array([self.special_ids[p]], np.int32) if i % 2 else self._backend.encode(p) for i, p in enumerate(parts)
         ]
@@ -233,12 +220,15 @@ class Tokenizer:
             if not control and not piece.text:
                 continue
             before = runs[-1][-1] if runs else None
-            if control or before is None or self._is_control(before):
+            if (
+                control
+                or before is None
+                or self._is_control(before)
+                or not (joined or before.part == piece.part == "body")
+            ):
                 runs.append([piece])
-            elif joined or before.part == piece.part == "body":
-                runs[-1].append(piece)
             else:
-                runs.append([piece])
+                runs[-1].append(piece)
         return runs
 
     def _is_control(self, piece: chat.Piece) -> bool:
@@ -258,7 +248,7 @@ class Tokenizer:
         text = "".join(piece.text for piece in run)
         marks = bytearray()
         for end, keep in zip(ends.tolist(), learnt, strict=True):
-            num_bytes = len(backend.normalise(clean(text[:end])).encode())
+            num_bytes = len(backend.normalise(backend.clean(text[:end])).encode())
             marks.extend(bytes([keep]) * (num_bytes - len(marks)))
         weights, at = [], 0
         for token_id in ids:
@@ -266,10 +256,6 @@ class Tokenizer:
             weights.append(float(all(span)))
             at += len(span)
         return weights
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _is_learnt(piece: chat.Piece, mask: Mask) -> bool:

@@ -14,9 +14,10 @@ from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
 from qwench.tokenizer import bpe
+from qwench.tokenizer.backend import clean
 from qwench.tokenizer.chat import FORMATS, find_format
 from qwench.tokenizer.special import CONTROL_SETS, control_tokens
-from qwench.tokenizer.tokenizer import Tokenizer, clean
+from qwench.tokenizer.tokenizer import Tokenizer
 from qwench.tokenizer.vocabulary import Vocabulary
 
 MAX_TOKEN_BYTES = 128

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,9 +26,11 @@ from torch import nn
 from qwench.model.decoder import CausalLM
 from qwench.model.weights import load_weights, save_pretrained, sync_directory, write_safetensors
 from qwench.tokenizer import Tokenizer
-from qwench.train.optim import load_optimizer_tensors, optimizer_tensors
+from qwench.train.optim import Optimizers, load_optimizer_tensors, optimizer_tensors
 
 log = logging.getLogger("qwench.train")
+
+_NAME = re.compile(r"step_(\d{9,})")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -39,6 +42,8 @@ class TrainState:
     tokens: int = 0
     best_loss: float = float("inf")
     best_step: int = -1
+    precision: str = ""
+    """Dtype of the activations: "auto" must not change in the middle of a run, and it is measured anew every time."""
     loader: dict[str, Any] = field(default_factory=dict)
     guard: dict[str, Any] = field(default_factory=dict)
 
@@ -56,13 +61,19 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps of complete checkpoints, ascending."""
-        found = self.directory.glob("step_*/COMPLETE")
-        return sorted(int(marker.parent.name.removeprefix("step_")) for marker in found)
+        found = (_NAME.fullmatch(marker.parent.name) for marker in self.directory.glob("step_*/COMPLETE"))
+        return sorted(int(match[1]) for match in found if match)
 
-    def save(
-        self, model: CausalLM, tokenizer: Tokenizer | None, optimizer: torch.optim.Optimizer, state: TrainState
-    ) -> Path:
-        """Raises OSError (disk full, no permission) after removing what it had written; older checkpoints stay."""
+    def is_saved(self, step: int) -> bool:
+        return (self.path(step) / "COMPLETE").exists()
+
+    def save(self, model: CausalLM, tokenizer: Tokenizer | None, optimizer: Optimizers, state: TrainState) -> Path:
+        """Raises OSError (disk full, no permission) after removing what it had written; older checkpoints stay.
+
+        A step is saved once: replacing a checkpoint would leave a moment in which there is none.
+        """
+        if self.is_saved(state.step):
+            return self.path(state.step)
         self.directory.mkdir(parents=True, exist_ok=True)
         for leftover in self.directory.glob(".step_*"):
             shutil.rmtree(leftover)
@@ -74,7 +85,7 @@ class Checkpoints:
             (partial / "state.json").write_text(json.dumps(_to_json(state), indent=1))
             (partial / "COMPLETE").touch()
             sync_directory(partial)
-            if final.exists():
+            if final.exists():  # without COMPLETE: the rest of an interrupted removal
                 shutil.rmtree(final)
             partial.rename(final)
             sync_directory(self.directory)
@@ -89,12 +100,14 @@ class Checkpoints:
         keep = set(steps[-self.keep_last :])
         if self.keep_best:
             keep.add(state.best_step)
-        for step in set(steps) - keep:
-            # COMPLETE goes first: a crash in the middle of the removal leaves no checkpoint that looks whole.
-            (self.path(step) / "COMPLETE").unlink()
-            shutil.rmtree(self.path(step))
+        for path in self.directory.glob("step_*"):
+            match = _NAME.fullmatch(path.name)
+            if match and int(match[1]) not in keep:
+                # COMPLETE goes first: a crash in the middle of the removal leaves no checkpoint that looks whole.
+                (path / "COMPLETE").unlink(missing_ok=True)
+                shutil.rmtree(path)
 
-    def load(self, step: int, model: CausalLM, optimizer: torch.optim.Optimizer) -> TrainState:
+    def load(self, step: int, model: CausalLM, optimizer: Optimizers) -> TrainState:
         """Fill model and optimiser in place. Raises ValueError when the checkpoint does not fit them."""
         path = self.path(step)
         load_weights(model, path / "model")
@@ -106,7 +119,12 @@ class Checkpoints:
 
 def _to_json(state: TrainState) -> dict[str, Any]:
     best = None if state.best_step < 0 else state.best_loss
-    return {"step": state.step, "tokens": state.tokens, "best_loss": best, "best_step": state.best_step} | {
+    return {
+        "step": state.step,
+        "tokens": state.tokens,
+        "best_loss": best,
+        "best_step": state.best_step,
+        "precision": state.precision,
         "loader": state.loader,
         "guard": state.guard,
     }

@@ -23,10 +23,12 @@ def parse_recipe(stage: str, description: str | None, argv: list[str]) -> list[s
 
 
 def report(result: TrainResult, out: Path) -> None:
-    losses = f"training loss {result.train_loss:.4f}" if math.isfinite(result.train_loss) else "nothing left to train"
+    losses = [f"training loss {result.train_loss:.4f} nats per token"] if math.isfinite(result.train_loss) else []
     if result.val_loss is not None:
-        losses += f", validation loss {result.val_loss:.4f}"
-    print(f"{result.steps} steps, {result.tokens:,} tokens, {losses} nats per token")
+        losses.append(f"validation loss {result.val_loss:.4f} nats per token")
+    if not result.tokens_per_s:
+        losses.append("nothing was left to train")
+    print(", ".join([f"{result.steps} steps", f"{result.tokens:,} tokens", *losses]))
     if result.tokens_per_s:
         print(f"{result.tokens_per_s:,.0f} tokens/s, MFU {result.mfu:.1%}; {result.skipped_steps} steps skipped")
     print(f"model: {out / 'model'}")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from qwench.config import config
 from qwench.model.config import ModelConfig
@@ -14,8 +15,13 @@ from qwench.run import Resume
 class OptimConfig:
     """AdamW as in [Qwen TR 2.4]; weight decay and clipping from the memo of the August 2023 release."""
 
+    kind: Literal["adamw", "muon"] = "adamw"
+    """adamw for everything, or muon for the matrices inside the blocks with adamw for the rest."""
     lr: float = 3e-4
-    """Peak learning rate."""
+    """Peak learning rate of AdamW."""
+    muon_lr: float | None = None
+    """Peak learning rate of Muon, whose steps have AdamW's size; unset takes lr."""
+    muon_momentum: float = 0.95
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
@@ -24,8 +30,14 @@ class OptimConfig:
     """Largest global gradient norm; 0 switches clipping off."""
 
     def __post_init__(self) -> None:
-        if self.lr <= 0:
+        if not 0 < self.lr < math.inf:
             raise ValueError(f"lr is {self.lr}; give a positive learning rate")
+        if self.muon_lr is not None and not 0 < self.muon_lr < math.inf:
+            raise ValueError(f"muon_lr is {self.muon_lr}; give a positive learning rate, or leave it out to take lr")
+        if self.grad_clip < 0 or self.weight_decay < 0:
+            raise ValueError(
+                f"grad_clip is {self.grad_clip} and weight_decay {self.weight_decay}; give positive numbers, 0 is off"
+            )
 
 
 @config
@@ -37,6 +49,12 @@ class ScheduleConfig:
     min_ratio: float = 0.1
     """Final learning rate as a share of the peak."""
 
+    def __post_init__(self) -> None:
+        if self.warmup_steps < 0:
+            raise ValueError(f"warmup_steps is {self.warmup_steps}; give 0 (none) or a positive number")
+        if not 0 <= self.min_ratio <= 1:
+            raise ValueError(f"min_ratio is {self.min_ratio}; give a share of the peak between 0 and 1")
+
 
 @config
 class CheckpointConfig:
@@ -46,6 +64,9 @@ class CheckpointConfig:
     """Newest checkpoints kept on disk."""
     keep_best: bool = True
     """Also keep the checkpoint with the lowest validation loss."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "every_steps", "keep_last")
 
 
 @config
@@ -58,6 +79,11 @@ class GuardConfig:
     """Steps over which the median is taken; no spike is declared before half of them have passed."""
     max_consecutive: int = 5
     """Bad steps in a row after which the run stops."""
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "window_steps", "max_consecutive")
+        if self.grad_norm_factor < 0:
+            raise ValueError(f"grad_norm_factor is {self.grad_norm_factor}; give 0 (off) or a positive number")
 
 
 @config
@@ -73,7 +99,8 @@ class LoopConfig:
     micro_batch_rows: int | None = None
     """Rows of one forward and backward pass; unset means all of them at once."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """Activations and gradients of activations; weights and optimiser states stay fp32. auto: bf16 where the processor multiplies it natively."""
+    """Activations and gradients of activations; weights and optimiser states stay fp32.
+    auto: bf16 where the processor multiplies it natively."""
     seed: int = 0
     """Seed of initial weights and data order."""
     device: str = "auto"
@@ -88,10 +115,16 @@ class LoopConfig:
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of loop.steps and loop.epochs")
-        for name in ("steps", "epochs", "batch_rows", "micro_batch_rows"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"loop.{name} is {value}; give a positive number")
+        _require_positive(self, "steps", "epochs", "batch_rows", "micro_batch_rows", "eval_rows", "log_every")
+        if self.eval_every < 0:
+            raise ValueError(f"eval_every is {self.eval_every}; give 0 (only at the end) or a positive number")
+
+
+def _require_positive(section: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} is {value}; give a positive number")
 
 
 @config
@@ -112,15 +145,22 @@ class StartConfig:
     preset: str | None = None
     """A published size by name, with random weights, for example "qwen2.5-0.5b"."""
     config: ModelConfig | None = None
-    """Dimensions of a model with random weights. vocab_size = 0 takes the tokenizer's padded size."""
+    """Dimensions of a model with random weights; rows come from vocab_size below, end tokens from the tokenizer."""
     path: Path | None = None
     """A checkpoint to continue from: Hugging Face directory, GGUF file or qwench run."""
+    vocab_size: int | None = None
+    """Embedding rows of a model with random weights; unset takes the preset's, else the tokenizer's padded to 128."""
     scale_residual: bool = True
     """Random weights: draw the outputs of attention and MLP from N(0, std / sqrt(2 layers)), as Qwen-1's code does."""
 
     def __post_init__(self) -> None:
         if sum(x is not None for x in (self.preset, self.config, self.path)) != 1:
             raise ValueError("give exactly one of model.preset, model.config and model.path")
+        _require_positive(self, "vocab_size")
+        if self.path is not None and (self.vocab_size is not None or not self.scale_residual):
+            raise ValueError(
+                "model.vocab_size and model.scale_residual are for random weights; leave them out with model.path"
+            )
 
 
 @config

@@ -34,7 +34,7 @@ class Guard:
         enough = len(self.norms) * 2 >= self.cfg.window_steps
         if self.cfg.grad_norm_factor and enough:
             median = statistics.median(self.norms)
-            if grad_norm > self.cfg.grad_norm_factor * median:
+            if 0 < self.cfg.grad_norm_factor * median < grad_norm:
                 return f"gradient norm {grad_norm:.3g} is {grad_norm / median:.0f} times its median {median:.3g}"
         return None
 

@@ -10,13 +10,14 @@ import logging
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from rich.markup import escape
 from torch import Tensor
 
 from qwench.data.loader import RowLoader
@@ -92,18 +93,22 @@ class Trainer:
         self.recipe, self.run, self.model, self.tokenizer = recipe, run, model, tokenizer
         self.cfg, self.loss_function, self.val_source = recipe.loop, loss_function, val_source
         self.device = model.model.embed_tokens.weight.device
-        self.dtype = pick_dtype(self.cfg.precision, self.device)
-        model.set_compute_dtype(self.dtype)
+        self._compute_in(pick_dtype(self.cfg.precision, self.device))
         self.loader = RowLoader(source, self.cfg.batch_rows, self.cfg.seed)
-        self.total_steps = self.cfg.steps or max(1, round((self.cfg.epochs or 0) * source.num_rows / self.cfg.batch_rows))
+        steps_per_epoch = source.num_rows / self.cfg.batch_rows
+        self.total_steps = self.cfg.steps or max(1, round((self.cfg.epochs or 0) * steps_per_epoch))
         self.optimizer = build_optimizer(model, recipe.optim)
         self.guard = Guard(recipe.guard)
         self.checkpoints = Checkpoints(
             run.path / "checkpoints", recipe.checkpoint.keep_last, recipe.checkpoint.keep_best
         )
         self.state = TrainState()
-        self.peak, self.peak_source = peak_flops(self.device, self.dtype)
         self._stop_signal = False
+
+    def _compute_in(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+        self.model.set_compute_dtype(dtype)
+        self.peak, self.peak_source = peak_flops(self.device, dtype)
 
     # ------------------------------------------------------------------------------------------------------- running
     def train(self) -> TrainResult:
@@ -117,7 +122,7 @@ class Trainer:
             self.run.write_provenance(
                 ops=dispatch.chosen(self.device),
                 device=str(self.device),
-                precision=str(self.dtype).removeprefix("torch."),
+                precision=_name(self.dtype),
                 parameters=sum(p.numel() for p in self.model.parameters()),
                 peak_flops={"value": self.peak, "source": self.peak_source},
             )
@@ -131,14 +136,16 @@ class Trainer:
         self.state = self.checkpoints.load(steps[-1], self.model, self.optimizer)
         self.loader.load_state_dict(self.state.loader)
         self.guard.load_state_dict(self.state.guard)
+        if self.cfg.precision == "auto" and self.state.precision != _name(self.dtype):
+            self._compute_in(getattr(torch, self.state.precision))
         self.run.forget_after(self.state.step)
-        console.print(f"resuming {self.run.path} at step {self.state.step} of {self.total_steps}")
+        console.print(f"resuming {escape(str(self.run.path))} at step {self.state.step} of {self.total_steps}")
 
     def _loop(self) -> TrainResult:
         first_step, trained, started, skipped = self.state.step, 0, time.perf_counter(), 0
         loss, val_loss, seconds = float("nan"), None, 0.0
         columns = ("loss {task.fields[loss]}", "{task.fields[rate]}")
-        with progress(*columns) as bar, self._interruptible():
+        with closing(self.loader), progress(*columns) as bar, self._interruptible():
             task = bar.add_task(self.run.stage, total=self.total_steps, completed=first_step, loss="-", rate="")
             while self.state.step < self.total_steps:
                 step_start = time.perf_counter()
@@ -162,9 +169,8 @@ class Trainer:
                 if self._stop_signal:
                     self._save()
                     raise KeyboardInterrupt
-        self.loader.close()
-        if val_loss is None and self.val_source is not None:
-            val_loss = self._validate()
+        if val_loss is None and self.val_source is not None:  # nothing was left to train; the record is there already
+            val_loss = self._validation_loss()
         export(self.model, self.tokenizer, self.run.path / "model", self.dtype)
         rate = trained / seconds if seconds else 0.0
         return TrainResult(
@@ -186,10 +192,9 @@ class Trainer:
         first_row = self.loader.rows_consumed
         rows = next(self.loader)
         self.state.step += 1
-        lr = self.recipe.optim.lr * lr_ratio(self.state.step - 1, self.total_steps, self.recipe.schedule)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.zero_grad(set_to_none=True)
+        ratio = lr_ratio(self.state.step - 1, self.total_steps, self.recipe.schedule)
+        self.optimizer.set_lr_ratio(ratio)
+        self.optimizer.zero_grad()
         weight = float(sum(row.loss_weights.sum(dtype=np.float64) for row in rows))
         losses = [self._backward(part, weight) for part in self._micro_batches(rows)] if weight else []
         loss = float(torch.stack(losses).sum()) if losses else 0.0
@@ -201,7 +206,7 @@ class Trainer:
             "step": self.state.step,
             "loss": loss,
             "grad_norm": grad_norm,
-            "lr": lr,
+            "lr": self.recipe.optim.lr * ratio,
             "tokens": num_tokens,
             "flops_per_token": training_flops_per_token(self.model.config, mean_length),
         }
@@ -231,11 +236,12 @@ class Trainer:
         np.savez_compressed(path, **arrays)
         where = f"rows {first_row} to {first_row + len(rows) - 1} of the data order"
         log.warning("step %d skipped: %s; %s, kept in %s", self.state.step, reason, where, path)
-        console.print(f"[yellow]step {self.state.step} skipped[/]: {reason} ({where}, kept in {path})")
+        console.print(f"[yellow]step {self.state.step} skipped[/]: {escape(f'{reason} ({where}, kept in {path})')}")
         if self.guard.exhausted:
             raise ValueError(
                 f"{self.guard.consecutive} steps in a row were skipped, the last because {reason} ({where}); the run "
-                f"stopped at step {self.state.step}. Lower optim.lr, or look at {directory}, and start again from the last checkpoint"
+                f"stopped at step {self.state.step}. Look at {directory}; to go on from the last checkpoint, run it "
+                "again with resume=force and a lower optim.lr or another guard.grad_norm_factor"
             )
 
     # ------------------------------------------------------------------------------------------- validating and saving
@@ -246,6 +252,15 @@ class Trainer:
         return self.state.step == self.total_steps or (every > 0 and self.state.step % every == 0)
 
     def _validate(self) -> float:
+        loss = self._validation_loss()
+        self.run.record(step=self.state.step, val_loss=loss)
+        if loss < self.state.best_loss:
+            self.state.best_loss, self.state.best_step = loss, self.state.step
+            if self.recipe.checkpoint.keep_best:
+                self._save()
+        return loss
+
+    def _validation_loss(self) -> float:
         assert self.val_source is not None
         total, weight = 0.0, 0.0
         count = min(self.cfg.eval_rows, self.val_source.num_rows)
@@ -254,22 +269,15 @@ class Trainer:
                 row = self.val_source.row(0, index)
                 total += float(self.loss_function(self.model, make_batch([row], self.device)))
                 weight += float(row.loss_weights.sum())
-        loss = total / max(weight, 1e-9)
-        self.run.record(step=self.state.step, val_loss=loss)
-        if loss < self.state.best_loss:
-            self.state.best_loss, self.state.best_step = loss, self.state.step
-            if self.recipe.checkpoint.keep_best:
-                self._save()
-        return loss
+        return total / max(weight, 1e-9)
 
     def _checkpoint_due(self) -> bool:
-        saved = self.checkpoints.path(self.state.step).exists()
-        due = self.state.step == self.total_steps or self.state.step % self.recipe.checkpoint.every_steps == 0
-        return due and not saved
+        return self.state.step == self.total_steps or self.state.step % self.recipe.checkpoint.every_steps == 0
 
     def _save(self) -> None:
         self.state.loader = self.loader.state_dict()
         self.state.guard = self.guard.state_dict()
+        self.state.precision = _name(self.dtype)
         self.checkpoints.save(self.model, self.tokenizer, self.optimizer, self.state)
 
     @contextmanager
@@ -292,6 +300,10 @@ class Trainer:
         finally:
             for number, old in previous.items():
                 signal.signal(number, old)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _fields(value: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from qwench.train.start import build_model
 
 
 def pretrain(recipe: PretrainConfig) -> TrainResult:
-    """Train from `recipe`; the result is recipe.out/model. Raises ValueError for anything that does not fit together."""
+    """Train from `recipe`; the result is recipe.out/model. Raises ValueError for what does not fit together."""
     tokenizer = Tokenizer.load(recipe.tokenizer)
     shards = TokenShards.open(recipe.train_shards, tokenizer.fingerprint)
     source = PretrainDataset(shards, recipe.seq_len, recipe.loop.seed, attend_across=recipe.attend_across)

@@ -10,7 +10,7 @@ from qwench.train.config import ScheduleConfig
 def lr_ratio(step: int, total_steps: int, schedule: ScheduleConfig) -> float:
     """Share of the peak at optimiser step `step` (from 0) of `total_steps`.
 
-    Warm-up: t / warmup_steps for t = step + 1, so that the first step moves. A warm-up longer than the run is cut to it.
+    Warm-up: t / warmup_steps for t = step + 1, so that the first step moves. A longer warm-up than the run is cut.
     """
     warmup = min(schedule.warmup_steps, total_steps)
     if step < warmup:

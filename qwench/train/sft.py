@@ -10,7 +10,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qwench import config
 from qwench.data.packing import SampleDataset
@@ -34,10 +34,12 @@ def sft(recipe: SFTConfig) -> TrainResult:
     dataset = sample_dataset(recipe, tokenizer, recipe.train_data)
     val_dataset = sample_dataset(recipe, tokenizer, recipe.val_data) if recipe.val_data else None
     if dataset.num_over_long:
-        console.print(f"{dataset.num_over_long} conversations are longer than {recipe.seq_len} tokens: {recipe.over_long}")
+        console.print(f"{dataset.num_over_long} conversations exceed {recipe.seq_len} tokens: {recipe.over_long}")
+    if dataset.num_without_loss:
+        console.print(f"{dataset.num_without_loss} conversations have no token to learn and are left out")
     model = build_model(recipe.model, tokenizer, training_device(recipe.loop), recipe.loop.seed)
     # A chat model ends its turn with <|im_end|>; the base model's end token stays the second one.
-    model.config = dataclasses.replace(model.config, eos_token_id=tokenizer.im_end_id)
+    model.config = dataclasses.replace(model.config, eos_token_id=tuple(tokenizer.eos_token_ids))
     with Run(recipe.out, recipe, "sft", recipe.resume) as run:
         return Trainer(recipe, run, model, tokenizer, dataset, val_dataset).train()
 
@@ -47,7 +49,7 @@ def sample_dataset(recipe: SFTConfig, tokenizer: Tokenizer, files: Sequence[Path
     return SampleDataset(samples, recipe.seq_len, recipe.loop.seed, over_long=recipe.over_long)
 
 
-def render_file(path: Path, tokenizer: Tokenizer, mask: str) -> Iterator[Sample]:
+def render_file(path: Path, tokenizer: Tokenizer, mask: Literal["assistant", "qwen"]) -> Iterator[Sample]:
     """The samples of one conversation file. Raises ValueError naming the line that is no conversation."""
     for number, table in read_conversations(path):
         try:
@@ -59,18 +61,18 @@ def render_file(path: Path, tokenizer: Tokenizer, mask: str) -> Iterator[Sample]
 def read_conversations(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line number, {"messages": ..., "tools": ...}) of a JSONL file."""
     if not path.is_file():
-        raise ValueError(f"no conversation file {path}; give a JSONL file with one {{\"messages\": [...]}} a line")
+        raise ValueError(f'no conversation file {path}; give a JSONL file with one {{"messages": [...]}} a line')
     found = False
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                table = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}:{number} is not JSON: {error}") from None
+                table = json.loads(line.decode("utf-8"))
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}:{number} is not JSON in UTF-8: {error}") from None
             if not isinstance(table, dict) or not isinstance(table.get("messages"), list):
-                raise ValueError(f'{path}:{number} has no list "messages"; write {{"messages": [{{"role": ...}}, ...]}}')
+                raise ValueError(f'{path}:{number} has no list "messages"; write {{"messages": [{{"role": ...}}]}}')
             found = True
             yield number, table
     if not found:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwench.tokenizer import Tokenizer, bpe
-from qwench.tokenizer.backend import GigatokenBackend, TokenizersBackend, _doubtful, normalise
+from qwench.tokenizer.backend import GigatokenBackend, TokenizersBackend, doubtful, normalise
 from qwench.tokenizer.special import CONTROL_SETS
 
 ALPHABET = st.characters(exclude_categories=("Cs",))
@@ -27,7 +27,7 @@ TEXT = st.lists(st.one_of(ODD, ALPHABET), max_size=40).map("".join)
 def test_equal_to_tokenizers_and_to_the_definition(small, small_oracle, text: str) -> None:
     ids = small.encode(text)
     assert ids == small_oracle.encode(text, add_special_tokens=False).ids
-    if not _doubtful()[[ord(char) for char in text]].any():  # Python's and regex's tables are of other versions
+    if not doubtful()[[ord(char) for char in text]].any():  # Python's and regex's tables are of other versions
         assert ids == bpe.encode(text, small.vocabulary.ranks)
 
 
@@ -56,7 +56,7 @@ def test_every_code_point_is_classed_alike(small, small_oracle) -> None:
     assert small.backend == "gigatoken"
     assert b"'s" in small.vocabulary.ranks
     codes = np.arange(0x40000)
-    codes = codes[~_doubtful()[codes] & ((codes < 0xD800) | (codes > 0xDFFF))]
+    codes = codes[~doubtful()[codes] & ((codes < 0xD800) | (codes > 0xDFFF))]
     for first in range(0, len(codes), 4096):
         text = "".join(f"a{chr(code)}'s\n{chr(code)}\n 1{chr(code)}  x" for code in codes[first : first + 4096])
         text = normalise(text)
@@ -96,10 +96,15 @@ def test_both_backends_agree(small) -> None:
     for text in ("", "x", "I'm 42\n\n", "你好 🙂 \U000323b0's e\u0301\U00016ff0\u0300"):
         assert fast.encode(text).tolist() == exact.encode(text).tolist()
         assert fast.encode(text).dtype == exact.encode(text).dtype == np.int32
+        for batch in ([text], [text + "\ud800", "a" * 100_000, "", text, "\U000323b0's"]):
+            for parallel in (None, False, True):
+                expected = [fast.encode(one).tolist() for one in batch]
+                assert [ids.tolist() for ids in fast.encode_batch(batch, parallel=parallel)] == expected
+                assert [ids.tolist() for ids in exact.encode_batch(batch, parallel=parallel)] == expected
 
 
 def test_the_encoder_is_renewed_without_a_change(small, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwench.tokenizer.backend.RENEW_AFTER_BYTES", 10)
+    monkeypatch.setattr("qwench.tokenizer.backend.RENEW_AFTER_CHARS", 10)
     backend = GigatokenBackend(small.vocabulary)
     first = backend._encoder
     ids = [backend.encode("some words to remember").tolist() for _ in range(3)]
