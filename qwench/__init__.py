@@ -1,4 +1,4 @@
-"""qwench: the Qwen recipe as software. The names below are loaded when first used, so that importing qwench is instant."""
+"""qwench: the Qwen recipe as software. The names below are loaded on first use, so that importing qwench is instant."""
 
 from __future__ import annotations
 

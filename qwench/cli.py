@@ -40,6 +40,16 @@ SCHEMAS = {
 }
 
 
+def share_the_processor() -> None:
+    """Let idle threads of a parallel region sleep soon instead of spinning, unless the user has chosen otherwise.
+
+    On a machine that does anything else at the same time, spinning costs several times the work itself (measured on 2
+    cores beside one busy process: 3.9 s a training step against 0.6 s). libgomp reads this when torch is loaded, so it
+    comes before any stage is imported.
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+
 def load_function(path: str) -> Callable[..., int]:
     module, _, name = path.partition(":")
     return getattr(importlib.import_module(module), name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,7 +50,7 @@ def tiny_tokenizer_dir(tiny_tokenizer: Tokenizer, tmp_path_factory: pytest.TempP
 
 @pytest.fixture(scope="session")
 def tiny_shards(tiny_tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with shards in `train` (about 30 rows of 64 tokens) and `val`."""
+    """A directory with shards in `train` (about 27 rows of 48 tokens) and `val`."""
     from qwench.data.encode import encode_documents
 
     text = (LIBRARY / "bisect.py").read_text(encoding="utf-8")
@@ -101,7 +101,7 @@ def pretrain_arguments(tiny_shards: Path, tiny_tokenizer_dir: Path) -> Callable[
 
     def arguments(out: Path, *further: str) -> list[str]:
         return [
-            f"out={out}", f"tokenizer={tiny_tokenizer_dir}", f"train_shards={tiny_shards / 'train'}", "seq_len=64",
+            f"out={out}", f"tokenizer={tiny_tokenizer_dir}", f"train_shards={tiny_shards / 'train'}", "seq_len=48",
             f"model.config={SHAPE}", "loop.steps=20", "loop.batch_rows=4", "loop.precision=fp32", "loop.device=cpu",
             "optim.lr=3e-3", "schedule.warmup_steps=4", *further,
         ]  # fmt: skip
@@ -154,7 +154,6 @@ def parrot(sft_arguments: Callable[..., list[str]], tmp_path_factory: pytest.Tem
 
 
 @pytest.fixture(autouse=True)
-def _no_forced_debugging(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _no_forced_debugging(monkeypatch: pytest.MonkeyPatch) -> None:
     """QWENCH_DEBUG in the developer's shell would turn expected one-line errors into tracebacks."""
     monkeypatch.delenv("QWENCH_DEBUG", raising=False)
-    yield

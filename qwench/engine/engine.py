@@ -39,7 +39,7 @@ class Engine:
         where = locate(path)
         self.tokenizer = Tokenizer.load(tokenizer or where)
         self.model = load_model(where, device=place, dtype=dtype)
-        self._generator = NaiveGenerator(self.model, self.tokenizer)
+        self.generator = NaiveGenerator(self.model, self.tokenizer)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
@@ -48,8 +48,8 @@ class Engine:
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but {len(each)} sampling parameters; give one, or one a prompt")
-        return [self._generator.generate(prompt, one) for prompt, one in zip(prompts, each, strict=True)]
+        return [self.generator.generate(prompt, one) for prompt, one in zip(prompts, each, strict=True)]
 
     def stream(self, prompt: Sequence[int], params: SamplingParams) -> Iterator[Chunk]:
         """The pieces of one answer as they become final; the last one carries the completion."""
-        return self._generator.stream(prompt, params)
+        return self.generator.stream(prompt, params)

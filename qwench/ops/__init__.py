@@ -1,1 +1,1 @@
-"""Operations: one file each, a plain-PyTorch reference that supports everything, and faster implementations beside it."""
+"""Operations, a file each: a plain-PyTorch reference that supports everything, and faster implementations."""

@@ -15,6 +15,7 @@ Contract of `attention(q_THD, k_TKD, v_TKD, meta, cache=None, window=None) -> ou
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -76,7 +77,7 @@ def _sequences(k_TKD: Tensor, v_TKD: Tensor, meta: AttnMeta, cache: KVCache | No
     """Yield (first row, end row, keys [S, K, D], values [S, K, D]) of each sequence."""
     starts = meta.cu_q.tolist()
     lens_k = meta.lens_k.tolist() if cache is not None and meta.lens_k is not None else None
-    for b, (start, stop) in enumerate(zip(starts, starts[1:], strict=False)):
+    for b, (start, stop) in enumerate(itertools.pairwise(starts)):
         if cache is None or lens_k is None:
             yield start, stop, k_TKD[start:stop], v_TKD[start:stop]
             continue
@@ -125,10 +126,14 @@ def _sdpa(
         q, k, v = (x.unflatten(0, (num_seqs, meta.max_q)).transpose(1, 2) for x in (q_THD, k_TKD, v_TKD))
         return _sdpa_call(q, k, v, window).transpose(1, 2).flatten(0, 1)
     outs = [
-        _sdpa_call(*(x.transpose(0, 1)[None] for x in (q_THD[start:stop], keys, values)), window)[0].transpose(0, 1)
+        _sdpa_call(_heads_first(q_THD[start:stop]), _heads_first(keys), _heads_first(values), window)[0].transpose(0, 1)
         for start, stop, keys, values in _sequences(k_TKD, v_TKD, meta, cache)
     ]
     return torch.cat(outs) if len(outs) > 1 else outs[0]
+
+
+def _heads_first(x_SHD: Tensor) -> Tensor:
+    return x_SHD.transpose(0, 1)[None]
 
 
 def _sdpa_call(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, window: int | None) -> Tensor:
@@ -154,7 +159,9 @@ def _varlen(
         return _sdpa(q_THD, k_TKD, v_TKD, meta, cache, window)
     group = q_THD.shape[1] // k_TKD.shape[1]
     k_THD, v_THD = k_TKD.repeat_interleave(group, 1), v_TKD.repeat_interleave(group, 1)
-    return varlen_attn(q_THD, k_THD, v_THD, meta.cu_q, meta.cu_q, meta.max_q, meta.max_q, window_size=(-1, 0))
+    out = varlen_attn(q_THD, k_THD, v_THD, meta.cu_q, meta.cu_q, meta.max_q, meta.max_q, window_size=(-1, 0))
+    assert isinstance(out, Tensor)
+    return out
 
 
 def _on_cuda(device: torch.device) -> bool:

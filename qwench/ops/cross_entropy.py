@@ -54,9 +54,7 @@ def _reference(hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, loss_wei
 
 class _ChunkedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, loss_weights_T: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, loss_weights_T: Tensor) -> Tensor:
         cast_VD = weight_VD.to(hidden_TD.dtype)
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         d_hidden_TD = torch.empty_like(hidden_TD) if want_hidden else None

@@ -18,13 +18,15 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 log = logging.getLogger("qwench.ops")
 
-_FORCED: ContextVar[Mapping[str, str]] = ContextVar("forced_implementations", default={})
+_NOTHING: Mapping[str, str] = MappingProxyType({})
+_FORCED: ContextVar[Mapping[str, str]] = ContextVar("forced_implementations", default=_NOTHING)
 OPERATIONS: dict[str, Operation] = {}
 
 

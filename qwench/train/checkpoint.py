@@ -6,7 +6,7 @@
     COMPLETE                written last
 
 A checkpoint is built in a hidden sibling directory and renamed into place, so that a crash at any moment leaves the
-previous ones whole; hidden leftovers are removed by the next save.
+previous ones whole; the next process removes what is left over.
 """
 
 from __future__ import annotations
@@ -75,8 +75,6 @@ class Checkpoints:
         if self.is_saved(state.step):
             return self.path(state.step)
         self.directory.mkdir(parents=True, exist_ok=True)
-        for leftover in self.directory.glob(".step_*"):
-            shutil.rmtree(leftover)
         final, partial = self.path(state.step), self.directory / f".step_{state.step:09d}"
         try:
             partial.mkdir()
@@ -92,15 +90,18 @@ class Checkpoints:
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        self._prune(state)
+        self.prune(state)
         return final
 
-    def _prune(self, state: TrainState) -> None:
+    def prune(self, state: TrainState) -> None:
+        """Remove checkpoints that are neither new nor the best, and what an interrupted save or removal left."""
+        for leftover in sorted(self.directory.glob(".step_*")):
+            shutil.rmtree(leftover)
         steps = self.steps()
         keep = set(steps[-self.keep_last :])
         if self.keep_best:
             keep.add(state.best_step)
-        for path in self.directory.glob("step_*"):
+        for path in sorted(self.directory.glob("step_*")):
             match = _NAME.fullmatch(path.name)
             if match and int(match[1]) not in keep:
                 # COMPLETE goes first: a crash in the middle of the removal leaves no checkpoint that looks whole.

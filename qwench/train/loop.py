@@ -131,6 +131,7 @@ class Trainer:
     def _resume(self) -> None:
         steps = self.checkpoints.steps()
         if not steps:
+            self.checkpoints.prune(self.state)
             self.run.forget_after(-1)
             return
         self.state = self.checkpoints.load(steps[-1], self.model, self.optimizer)
@@ -138,6 +139,7 @@ class Trainer:
         self.guard.load_state_dict(self.state.guard)
         if self.cfg.precision == "auto" and self.state.precision != _name(self.dtype):
             self._compute_in(getattr(torch, self.state.precision))
+        self.checkpoints.prune(self.state)
         self.run.forget_after(self.state.step)
         console.print(f"resuming {escape(str(self.run.path))} at step {self.state.step} of {self.total_steps}")
 

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from qwench.train.config import OptimConfig
 
+STATE_NAMES = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, torch.optim.Muon: {"momentum_buffer"}}
+"""What each optimiser keeps for a parameter."""
+
 
 class Optimizers:
     """One or two torch optimisers that own disjoint parameters and step together.
@@ -45,6 +48,9 @@ class Optimizers:
 
     def state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         return self._owners[parameter].state[parameter]
+
+    def state_names(self, parameter: nn.Parameter) -> set[str]:
+        return STATE_NAMES[type(self._owners[parameter])]
 
     def set_state(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
         self._owners[parameter].state[parameter] = state
@@ -84,7 +90,7 @@ def optimizer_tensors(model: nn.Module, optimizers: Optimizers) -> dict[str, Ten
     return {
         f"{name}/{key}": value
         for name, parameter in model.named_parameters()
-        for key, value in optimizers.state(parameter).items()
+        for key, value in sorted(optimizers.state(parameter).items())
     }
 
 
@@ -96,6 +102,11 @@ def load_optimizer_tensors(model: nn.Module, optimizers: Optimizers, tensors: di
         found = {key.partition("/")[2]: value for key, value in tensors.items() if key.partition("/")[0] == name}
         if not found:
             raise ValueError(f"the saved optimiser state has nothing for {name}; it belongs to another model")
+        if found.keys() != optimizers.state_names(parameter):
+            raise ValueError(
+                f"the saved optimiser state of {name} is {', '.join(sorted(found))}, which is another optimiser's; "
+                "resume with the optim.kind of the checkpoint"
+            )
         # Copies, as safetensors may give views of the file. `fused` wants the step counter on the device too.
         state = {key: value.to(parameter.device, copy=True) for key, value in found.items()}
         optimizers.set_state(parameter, state)

@@ -23,14 +23,16 @@ def run(stage: str, arguments: list[str]) -> None:
     assert cli.main([stage, *arguments]) == 0
 
 
-def run_until(monkeypatch: pytest.MonkeyPatch, step: int, stage: str, arguments: list[str]) -> None:
-    """The command, with Ctrl-C while it works on `step`."""
+def run_until(
+    monkeypatch: pytest.MonkeyPatch, step: int, stage: str, arguments: list[str], number: int = signal.SIGINT
+) -> None:
+    """The command, with Ctrl-C (or another signal) while it works on `step`."""
     record = Run.record
 
     def record_and_interrupt(self: Run, **values: object) -> None:
         record(self, **values)
         if values["step"] == step and "loss" in values:
-            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(number)
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "record", record_and_interrupt)
@@ -72,7 +74,7 @@ def test_pretrain(
     run_until(monkeypatch, 10, "pretrain", broken)
     state = json.loads((tmp_path / "broken/checkpoints/step_000000010/state.json").read_text())
     assert state["step"] == 10
-    assert state["loader"]["epoch"] == 1
+    assert state["loader"]["epoch"] >= 1
     assert 0 < state["loader"]["position"] < state["loader"]["num_rows"], "the interruption must fall inside an epoch"
     assert not (tmp_path / "broken/model").exists()
     run("pretrain", broken)
@@ -90,10 +92,11 @@ def test_sft(precision: str, tmp_path: Path, sft_arguments, conversations: Path,
     assert_equal_runs(tmp_path / "straight", tmp_path / "broken")
 
 
-def test_interrupted_at_a_step_that_has_a_checkpoint(tmp_path: Path, pretrain_arguments, monkeypatch) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_at_a_step_that_has_a_checkpoint(number: int, tmp_path: Path, pretrain_arguments, monkeypatch) -> None:
     """The checkpoint that is there already is not touched again."""
     arguments = pretrain_arguments(tmp_path / "run", "checkpoint.every_steps=5", "checkpoint.keep_last=1")
-    run_until(monkeypatch, 10, "pretrain", arguments)
+    run_until(monkeypatch, 10, "pretrain", arguments, number)
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step_000000010"]
     run("pretrain", arguments)
     run("pretrain", pretrain_arguments(tmp_path / "straight"))
@@ -151,8 +154,7 @@ def test_more_steps_with_force(tmp_path: Path, pretrain_arguments, capsys) -> No
     assert [record["step"] for record in read_metrics(tmp_path / "run")] == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signal_to_a_process(number: int, tmp_path: Path, pretrain_arguments) -> None:
+def test_ctrl_c_to_a_process(tmp_path: Path, pretrain_arguments) -> None:
     steps = 120
     arguments = pretrain_arguments(tmp_path / "broken", f"loop.steps={steps}")
     command = [sys.executable, "-m", "qwench.cli", "pretrain", *arguments]
@@ -163,7 +165,7 @@ def test_signal_to_a_process(number: int, tmp_path: Path, pretrain_arguments) ->
         assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < deadline
         time.sleep(0.002)
-    os.kill(process.pid, number)
+    os.kill(process.pid, signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
     assert "stopping after this step" in err

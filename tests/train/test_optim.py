@@ -1,0 +1,145 @@
+"""Parameter groups, and steps of the optimiser against a hand-written AdamW in numpy."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from qwench.data.packing import row_of_samples
+from qwench.train.batch import make_batch
+from qwench.train.config import OptimConfig
+from qwench.train.loss import next_token_loss
+from qwench.train.optim import build_optimizer, clip_gradients, load_optimizer_tensors, optimizer_tensors
+from qwench.types import Sample
+
+
+@pytest.fixture(params=["tied", "untied"])
+def model(request, make_model, tiny_config):
+    return make_model(dataclasses.replace(tiny_config, tie_word_embeddings=request.param == "tied"))
+
+
+def give_gradients(model, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_every_parameter_is_in_one_group(kind: str, model) -> None:
+    optimizer = build_optimizer(model, OptimConfig(kind=kind))
+    owned = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(owned) == sorted(id(p) for p in model.parameters()), "tied weights count once"
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        plain = name.endswith(("norm.weight", "bias"))
+        assert decay[id(parameter)] == (0.0 if plain else 0.1), name
+    assert any(name.endswith("bias") for name, _ in model.named_parameters())
+
+
+def test_adamw_by_hand(model) -> None:
+    """Three steps at changing learning rates, with decoupled decay [Loshchilov 2019], in float64."""
+    optim = OptimConfig(lr=2e-3, betas=(0.8, 0.9), eps=1e-6, weight_decay=0.3)
+    optimizer = build_optimizer(model, optim)
+    want = {name: p.detach().numpy().astype(np.float64).copy() for name, p in model.named_parameters()}
+    first = {name: np.zeros_like(value) for name, value in want.items()}
+    second = {name: np.zeros_like(value) for name, value in want.items()}
+    for step, ratio in enumerate((0.5, 1.0, 0.25), 1):
+        give_gradients(model, step)
+        optimizer.set_lr_ratio(ratio)
+        optimizer.step()
+        lr = optim.lr * ratio
+        for name, parameter in model.named_parameters():
+            assert parameter.grad is not None
+            gradient = parameter.grad.numpy().astype(np.float64)
+            first[name] = 0.8 * first[name] + 0.2 * gradient
+            second[name] = 0.9 * second[name] + 0.1 * gradient**2
+            decay = 0.3 if parameter.ndim > 1 else 0.0
+            want[name] *= 1 - lr * decay
+            corrected = np.sqrt(second[name] / (1 - 0.9**step)) + 1e-6
+            want[name] -= lr * first[name] / (1 - 0.8**step) / corrected
+    for name, parameter in model.named_parameters():
+        np.testing.assert_allclose(parameter.detach().numpy(), want[name], rtol=0, atol=2e-6, err_msg=name)
+
+
+def test_muon_orthogonalises(model) -> None:
+    """The first Muon step of a matrix has equal singular values, and the rms of an AdamW step."""
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = build_optimizer(model, OptimConfig(kind="muon", lr=1e-3, muon_lr=1e-2, weight_decay=0.0))
+    give_gradients(model)
+    optimizer.step()
+    name = "model.layers.0.mlp.down_proj.weight"
+    moved = before[name] - model.get_parameter(name).detach()
+    values = torch.linalg.svdvals(moved)
+    assert float(values.max() / values.min()) < 2, "Newton and Schulz bring all singular values near each other"
+    rms = float(moved.square().mean().sqrt())
+    assert 0.1 * 1e-2 < rms < 0.3 * 1e-2
+    embedding = before["model.embed_tokens.weight"] - model.model.embed_tokens.weight.detach()
+    torch.testing.assert_close(embedding.abs(), torch.full_like(embedding, 1e-3), rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize(("limit", "clipped"), [(1.0, True), (1e6, False), (0.0, False)])
+def test_clipping(limit: float, clipped: bool, model) -> None:
+    give_gradients(model)
+    before = {name: p.grad.clone() for name, p in model.named_parameters()}
+    norm = float(np.sqrt(sum(float(grad.double().square().sum()) for grad in before.values())))
+    assert float(clip_gradients(model, limit)) == pytest.approx(norm, rel=1e-5)
+    scale = limit / norm if clipped else 1.0
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, before[name] * scale, rtol=1e-5, atol=1e-8)
+
+
+def test_state_goes_out_and_in(model, make_model) -> None:
+    optimizer = build_optimizer(model, OptimConfig())
+    assert optimizer_tensors(model, optimizer) == {}
+    give_gradients(model)
+    optimizer.step()
+    tensors = optimizer_tensors(model, optimizer)
+    assert list(tensors) == [f"{n}/{k}" for n, _ in model.named_parameters() for k in ("exp_avg", "exp_avg_sq", "step")]
+    other = make_model(model.config, seed=9)
+    loaded = build_optimizer(other, OptimConfig())
+    load_optimizer_tensors(other, loaded, tensors)
+    again = optimizer_tensors(other, loaded)
+    assert again.keys() == tensors.keys()
+    assert all(torch.equal(again[key], tensors[key]) for key in tensors)
+    assert all(again[key].data_ptr() != tensors[key].data_ptr() for key in tensors), "copies, not views"
+    del tensors["model.norm.weight/step"], tensors["model.norm.weight/exp_avg"], tensors["model.norm.weight/exp_avg_sq"]
+    with pytest.raises(ValueError, match=r"nothing for model\.norm\.weight"):
+        load_optimizer_tensors(other, loaded, tensors)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_other_optimiser_is_refused(kind: str, model) -> None:
+    """A state of AdamW is none of Muon, although the names of the parameters are the same."""
+    optimizer = build_optimizer(model, OptimConfig(kind=kind))
+    other = OptimConfig(kind="muon" if kind == "adamw" else "adamw")
+    give_gradients(model)
+    optimizer.step()
+    with pytest.raises(ValueError, match="another optimiser's; resume with"):
+        load_optimizer_tensors(model, build_optimizer(model, other), optimizer_tensors(model, optimizer))
+
+
+def test_gradient_does_not_depend_on_the_split(model) -> None:
+    """The sum over micro-batches of loss / total weight, whatever the split."""
+    rng = np.random.default_rng(1)
+    rows = []
+    for sizes in ([9, 4], [20], [3, 3, 3], [17], [11, 2]):
+        samples = [
+            Sample(token_ids=rng.integers(0, 512, n, np.int32), loss_weights=(rng.random(n) < 0.6).astype(np.float32))
+            for n in sizes
+        ]
+        rows.append(row_of_samples(samples))
+    total = sum(float(row.loss_weights.sum()) for row in rows)
+
+    def gradient(size: int) -> list[torch.Tensor]:
+        model.zero_grad()
+        for start in range(0, len(rows), size):
+            (next_token_loss(model, make_batch(rows[start : start + size], torch.device("cpu"))) / total).backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    whole = gradient(5)
+    for size in (1, 2, 3):
+        for got, want in zip(gradient(size), whole, strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
