@@ -24,7 +24,7 @@ demo: install
 check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
 	$(BIN)/lint-imports
 
 test: check
@@ -40,7 +40,7 @@ lock:
 	$(PYTHON) -m venv .lock-venv
 	.lock-venv/bin/python -m pip install --quiet torch==2.13.0
 	.lock-venv/bin/python -m pip install --quiet ".[all,dev]"
-	.lock-venv/bin/python -m pip freeze --exclude qwench | sed 's/^torch==.*/torch==2.13.0/' > requirements.lock
+	.lock-venv/bin/python -m pip freeze --all --exclude qwench --exclude pip --exclude wheel | sed 's/^torch==.*/torch==2.13.0/' > requirements.lock
 	rm -rf .lock-venv
 
 clean:
