@@ -18,6 +18,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -149,6 +150,54 @@ def _sdpa_call(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, window: int | Non
     return F.scaled_dot_product_attention(q_BHTD, k_BKSD, v_BKSD, attn_mask=mask, enable_gqa=gqa)
 
 
+SHORT = 512
+"""Longest sequences for which "short" is used: beyond, its S x S probabilities outgrow the caches."""
+
+
+def _short(
+    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, meta: AttnMeta, cache: KVCache | None, window: int | None
+) -> Tensor:
+    """Training on a CPU with equal, short sequences: plain matrix products; everything else goes to SDPA.
+
+    torch's CPU kernel is quick forwards, but its backward pass takes several times longer than these products.
+    """
+    num_tokens, num_seqs = q_THD.shape[0], meta.cu_q.numel() - 1
+    equal = num_tokens == num_seqs * meta.max_q
+    if cache is not None or window is not None or not equal or meta.max_q > SHORT or not torch.is_grad_enabled():
+        return _sdpa(q_THD, k_TKD, v_TKD, meta, cache, window)
+    heads, kv_heads, seq_len = q_THD.shape[1], k_TKD.shape[1], meta.max_q
+    group = heads // kv_heads
+    # Query heads that share a key head lie below each other, so that one product serves the group.
+    q = q_THD.view(num_seqs, seq_len, kv_heads, group, -1).permute(0, 2, 3, 1, 4).flatten(0, 1).flatten(1, 2)
+    k, v = (x.unflatten(0, (num_seqs, seq_len)).transpose(1, 2).flatten(0, 1) for x in (k_TKD, v_TKD))
+    out = _ShortAttention.apply(q, k, v)
+    assert isinstance(out, Tensor)
+    out = out.view(num_seqs, kv_heads, group, seq_len, -1).permute(0, 3, 1, 2, 4)
+    return out.reshape(num_tokens, heads, -1)
+
+
+class _ShortAttention(torch.autograd.Function):
+    """q [N, G * S, D], k and v [N, S, D] of N key/value heads and G query heads each -> [N, G * S, D]."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        seq_len = k.shape[1]
+        hidden = ~_visible(seq_len, seq_len, None, q.device)
+        scores = torch.bmm(q.float() * q.shape[-1] ** -0.5, k.float().transpose(1, 2))
+        scores.unflatten(1, (-1, seq_len)).masked_fill_(hidden, float("-inf"))
+        probs = scores.softmax(-1).to(q.dtype)
+        ctx.save_for_backward(q, k, v, probs)
+        return torch.bmm(probs, v)
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, v, probs = ctx.saved_tensors
+        d_v = torch.bmm(probs.transpose(1, 2), d_out)
+        d_probs = torch.bmm(d_out, v.transpose(1, 2))
+        d_scores = torch._softmax_backward_data(d_probs, probs, -1, probs.dtype).mul_(q.shape[-1] ** -0.5)
+        return torch.bmm(d_scores, k), torch.bmm(d_scores.transpose(1, 2), q), d_v
+
+
 def _varlen(
     q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, meta: AttnMeta, cache: KVCache | None, window: int | None
 ) -> Tensor:
@@ -168,10 +217,15 @@ def _on_cuda(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def _on_cpu(device: torch.device) -> bool:
+    return device.type == "cpu"
+
+
 ATTENTION = Operation(
     "attention",
     [
         Implementation("varlen", _varlen, _on_cuda),
+        Implementation("short", _short, _on_cpu),
         Implementation("sdpa", _sdpa),
         Implementation("reference", _reference),
     ],

@@ -114,6 +114,16 @@ def test_attention_packed(
     compare("attention", device, lambda q, k, v: attention(q, k, v, meta, None, window), inputs, torch.float32)
 
 
+@pytest.mark.parametrize("seq_lens", [[64, 64, 64], [40, 70]])
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(4, 4, 64), (6, 2, 32)])
+def test_attention_packed_bf16_on_cpu(seq_lens: list[int], heads: int, kv_heads: int, size: int) -> None:
+    torch.manual_seed(0)
+    shape = [(sum(seq_lens), n, size) for n in (heads, kv_heads, kv_heads)]
+    inputs = [torch.randn(s, dtype=torch.bfloat16) for s in shape]
+    meta = AttnMeta.packed(seq_lens)
+    compare("attention", "cpu", lambda q, k, v: attention(q, k, v, meta), inputs, torch.bfloat16)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("seq_lens", [[700, 300], [512, 512]])
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(14, 2, 64), (12, 2, 128)])
@@ -125,7 +135,7 @@ def test_attention_packed_bf16(seq_lens: list[int], heads: int, kv_heads: int, s
     compare("attention", "cuda", lambda q, k, v: attention(q, k, v, meta), inputs, torch.bfloat16)
 
 
-@pytest.mark.parametrize("name", ["reference", "sdpa"])
+@pytest.mark.parametrize("name", ["reference", "sdpa", "short"])
 @pytest.mark.parametrize(("block", "window"), [(4, None), (16, None), (4, 5)])
 def test_attention_paged_equals_packed(name: str, block: int, window: int | None) -> None:
     """Two sequences written to a paged cache in pieces (prefill, chunk, single steps) attend as if packed at once."""
@@ -180,12 +190,12 @@ def test_rope_is_a_rotation_by_relative_position() -> None:
 
 
 def test_forcing_an_implementation() -> None:
-    with pytest.raises(ValueError, match="unknown operation ops.attenshun"), forced({"attenshun": "reference"}):
+    with pytest.raises(ValueError, match=r"unknown operation ops\.attenshun"), forced({"attenshun": "reference"}):
         pass
     x = torch.randn(2, 4)
     with forced({"swiglu": "magic"}), pytest.raises(ValueError, match=r"ops.swiglu=magic cannot run on cpu.*fused"):
         swiglu.swiglu(x)
     with forced({"attention": "reference"}):
         assert chosen(torch.device("cpu"))["attention"] == "reference"
-    assert chosen(torch.device("cpu"))["attention"] == "sdpa"
+    assert chosen(torch.device("cpu"))["attention"] == "short"
     assert attention_file.ATTENTION.name in OPERATIONS
