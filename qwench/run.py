@@ -90,7 +90,7 @@ class Run:
         """Drop records of steps after `step`: they belong to work that a crash threw away and that is now repeated."""
         self._metrics.close()
         path = self.path / "metrics.jsonl"
-        kept = [line for line in _lines(path) if json.loads(line).get("step", 0) <= step]
+        kept = [line for line, record in _records(path) if record.get("step", 0) <= step]
         write_atomically(path, "".join(line + "\n" for line in kept))
         self._metrics = path.open("a", encoding="utf-8")
 
@@ -113,13 +113,18 @@ class Run:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All records of a run; a last line that a crash cut short is left out."""
-    return [json.loads(line) for line in _lines(path / "metrics.jsonl")]
+    """All records of a run; a line that a crash cut short is left out."""
+    return [record for _, record in _records(path / "metrics.jsonl")]
 
 
-def _lines(path: Path) -> list[str]:
-    """The complete lines of a file. Not `splitlines`, which also cuts at characters that JSON allows in a string."""
-    return [line.decode("utf-8") for line in path.read_bytes().split(b"\n")[:-1]]
+def _records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The whole lines of a file and what they say."""
+    # Not `splitlines`, which also cuts at characters that JSON allows in a string.
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        try:
+            yield line.decode("utf-8"), json.loads(line)
+        except ValueError:
+            continue
 
 
 def _cut_half_line(path: Path) -> None:

@@ -35,6 +35,18 @@ DIALOGUES = [
 ]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu` on a machine without one."""
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if not on_gpu:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in on_gpu:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
 @pytest.fixture(scope="session")
 def tiny_tokenizer() -> Tokenizer:
     texts = [(LIBRARY / name).read_text(encoding="utf-8") for name in ("abc.py", "bisect.py", "this.py", "heapq.py")]

@@ -67,7 +67,9 @@ def test_odd_values(tmp_path: Path) -> None:
     assert second["step"] == 3
 
 
-@pytest.mark.parametrize("rest", [b'{"step": 3, "lo', b'{"step": 3, "text": "\xe6\x97', b"{", b"\x00\x00"])
+@pytest.mark.parametrize(
+    "rest", [b'{"step": 3, "lo', b'{"step": 3, "text": "\xe6\x97', b"{", b"\x00\x00", b"\x00\xff\n", b'{"step": 3\n']
+)
 def test_half_a_line(rest: bytes, tmp_path: Path) -> None:
     """A crash in the middle of a record: readers leave it out, the next process writes a line of its own."""
     began(tmp_path)

@@ -165,7 +165,7 @@ def test_stop_strings(parrot_engine, dialogues, data) -> None:
     for _ in range(data.draw(st.integers(1, 2))):
         start = data.draw(st.integers(0, len(answer) - 1))
         stops.append(answer[start : start + data.draw(st.integers(1, 9))])
-    texts, done = pieces(parrot_engine._generator, ids, SamplingParams(temperature=0, stop=stops))
+    texts, done = pieces(parrot_engine.generator, ids, SamplingParams(temperature=0, stop=stops))
     assert "".join(texts) == done.text
     assert done.finish_reason == "stop"
     assert any(answer.startswith(done.text + stop) for stop in stops)
@@ -242,7 +242,7 @@ def test_engine(parrot: Path, dialogues, tiny_tokenizer_dir: Path) -> None:
     for path, tokenizer in itertools.product(directories, [None, tiny_tokenizer_dir]):
         engine = Engine(path, device="cpu", tokenizer=tokenizer)
         assert engine.model.model.embed_tokens.weight.dtype == torch.float32
-    assert isinstance(engine._generator, Generator)
+    assert isinstance(engine.generator, Generator)
     prompts = [engine.tokenizer.render([{"role": "user", "content": q}]) for q, _ in dialogues]
     done = engine.generate(prompts, SamplingParams(temperature=0))
     assert [one.text for one in done] == [answer for _, answer in dialogues]

@@ -35,7 +35,7 @@ def compare(name: str, device: str, call, inputs: list[Tensor], dtype: torch.dty
         with forced({name: implementation}):
             out = call(*leaves)
         torch.manual_seed(7)
-        out.backward(torch.randn_like(out))
+        out.backward(torch.randn(out.shape, device=out.device).to(out.dtype))
         return [out, *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
     want = run("reference")
