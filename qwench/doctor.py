@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from qwench import __version__
 from qwench.ops import attention, cross_entropy, dispatch, norm, rope, swiglu
 from qwench.ops.hardware import matmul_flops, pick_device, pick_dtype
 from qwench.run import PACKAGES, git_commit, machine
@@ -26,7 +27,7 @@ OPERATION_FILES = (attention, cross_entropy, norm, rope, swiglu)
 
 def main(argv: list[str]) -> int:
     argparse.ArgumentParser(prog="qwench doctor", description=__doc__).parse_args(argv)
-    out = Console()
+    out = Console(markup=False)
     facts = machine()
     table = Table(title="machine", show_header=False, title_justify="left")
     table.add_row("system", facts["system"])
@@ -50,7 +51,7 @@ def main(argv: list[str]) -> int:
     out.print(table)
 
     table = Table(title="software", show_header=False, title_justify="left")
-    table.add_row("qwench", f"{importlib.metadata.version('qwench')} {git_commit() or ''}".strip())
+    table.add_row("qwench", f"{__version__} {git_commit() or ''}".strip())
     for package in PACKAGES:
         table.add_row(package, _version(package) or "missing: pip install qwench again")
     for package, purpose in OPTIONAL.items():

@@ -30,7 +30,7 @@ from typing import IO, Any, Literal
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from qwench import config
+from qwench import __version__, config
 
 log = logging.getLogger("qwench.run")
 console = Console(stderr=True)
@@ -179,7 +179,7 @@ def provenance() -> dict[str, Any]:
     return {
         "command": shlex.join(sys.argv),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "qwench": importlib.metadata.version("qwench"),
+        "qwench": __version__,
         "commit": git_commit(),
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},

@@ -54,23 +54,33 @@ def in_child(work: Callable[[], object], limit_s: float = 60) -> int:
     return done[1]
 
 
-def killed_at(change: int, run: Path, arguments: list[str]) -> tuple[bool, int]:
+def path_of(event: str, args: tuple[object, ...]) -> str:
+    """The path that an audit event is about; removals inside a tree name their directory by a descriptor."""
+    directory = args[1] if event in ("os.remove", "os.rmdir") else -1
+    return f"{os.readlink(f'/proc/self/fd/{directory}')}/{args[0]}" if directory != -1 else str(args[0])
+
+
+def killed_at(change: int, run: Path, arguments: list[str], ctrl_c_at: int = 0) -> tuple[bool, int]:
     """Run in a child that dies before its `change`-th change of the run directory.
 
-    Returns whether it did, and the newest checkpoint that it had seen complete before.
+    With `ctrl_c_at`, Ctrl-C comes when the checkpoint of that step is put into place, and counting begins there.
+    Returns whether it was killed, and the newest checkpoint that it had seen complete before.
     """
     shared = mmap.mmap(-1, 8)
 
     def work() -> int:
-        count = newest = 0
+        count, newest, counting = 0, 0, not ctrl_c_at
 
         def hook(event: str, args: tuple[object, ...]) -> None:
-            nonlocal count, newest
+            nonlocal count, newest, counting
             writes = event == "open" and isinstance(args[1], str) and args[1][0] in "wax"
-            if not (event in CHANGES or writes) or str(run) not in str(args[0]):
+            if not (event in CHANGES or writes) or str(run) not in path_of(event, args):
                 return
             newest = max([newest, *saved_steps(run)])
-            count += 1
+            if event == "os.rename" and str(args[1]).endswith(f"/step_{ctrl_c_at:09d}"):
+                counting = True
+                signal.raise_signal(signal.SIGINT)
+            count += counting
             shared[:] = newest.to_bytes(8, "little")
             if count == change:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -80,8 +90,19 @@ def killed_at(change: int, run: Path, arguments: list[str]) -> tuple[bool, int]:
 
     status = in_child(work)
     killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
-    assert killed or os.waitstatus_to_exitcode(status) == 0, f"exit status {status}"
+    assert killed or os.waitstatus_to_exitcode(status) == (130 if ctrl_c_at else 0), f"exit status {status}"
     return killed, int.from_bytes(shared[:], "little")
+
+
+def assert_nothing_lost(run: Path, newest: int) -> None:
+    """What was complete is there, and what looks complete is."""
+    steps = saved_steps(run)
+    assert max(steps, default=0) >= newest, f"checkpoint {newest} is lost"
+    for step in steps:
+        folder = run / "checkpoints" / f"step_{step:09d}"
+        names = {str(path.relative_to(folder)) for path in folder.rglob("*")}
+        assert names >= {"state.json", "optimizer.safetensors", "model/config.json", "model/model.safetensors"}
+        assert "model/tokenizer.json" in names
 
 
 def contents(run: Path) -> dict[str, object]:
@@ -100,11 +121,11 @@ def test_every_kind_of_moment(tmp_path: Path, pretrain_arguments, tiny_shards: P
     straight, run = tmp_path / "straight", tmp_path / "run"
     assert cli.main(["pretrain", *pretrain_arguments(straight, *options)]) == 0
     arguments = pretrain_arguments(run, *options)
-    # A start makes about 16 changes, a checkpoint about 24: from the third on every moment of both is near a kill.
-    for moment in (1, 6, 11, 15, *range(18, 66, 2)):
+    # A start makes about 16 changes, a checkpoint about 24 and the removal of the one before about 12.
+    for moment in (1, 6, 11, 15, *range(18, 84, 3)):
         killed, newest = killed_at(moment, run, arguments)
         assert killed, f"only {saved_steps(run)} steps were left at change {moment}; raise STEPS"
-        assert max(saved_steps(run), default=0) >= newest, f"checkpoint {newest} is lost after change {moment}"
+        assert_nothing_lost(run, newest)
         steps = [record["step"] for record in read_metrics(run) if "loss" in record] if newest else []
         assert steps == list(range(1, len(steps) + 1))
     assert len(saved_steps(run)) >= 1
@@ -114,6 +135,17 @@ def test_every_kind_of_moment(tmp_path: Path, pretrain_arguments, tiny_shards: P
         killed_at(moment, run, arguments)
     assert cli.main(["pretrain", *arguments]) == 0
     assert contents(run) == contents(straight)
+
+
+def test_ctrl_c_at_a_checkpoint_then_shot(tmp_path: Path, pretrain_arguments) -> None:
+    """Ctrl-C asks for a checkpoint at a step that has one just now: it must not be replaced by way of none."""
+    run = tmp_path / "run"
+    arguments = pretrain_arguments(run, *OPTIONS)
+    peak_flops(torch.device("cpu"), torch.float32)
+    for step, moment in enumerate((2, 5, 8, 11, 14, 30, 45), 2):
+        _, newest = killed_at(moment, run, arguments, ctrl_c_at=step)
+        assert_nothing_lost(run, newest)
+        assert saved_steps(run)[-1] == step
 
 
 def test_shot_from_outside(tmp_path: Path, pretrain_arguments, tiny_shards: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from qwench.data.packing import PretrainDataset
 from qwench.data.shards import TokenShards
 from qwench.engine.naive import SequenceCache
-from qwench.ops.attention import AttnMeta, KVCache
+from qwench.ops.attention import ATTENTION, AttnMeta, KVCache
 from qwench.ops.dispatch import forced
 from qwench.train.batch import make_batch
 from qwench.train.loss import next_token_loss
@@ -79,7 +79,7 @@ def slots_of(blocks: Tensor, block: int, start: int, stop: int) -> Tensor:
 
 @torch.no_grad()
 @pytest.mark.parametrize(("block", "chunk"), [(4, 5), (16, 3), (3, 1), (32, 32)])
-@pytest.mark.parametrize("implementation", ["sdpa", "reference"])
+@pytest.mark.parametrize("implementation", [impl.name for impl in ATTENTION.available(torch.device("cpu"))])
 def test_paged_in_chunks(block: int, chunk: int, implementation: str, model, prompts, separate) -> None:
     """Mixed batches: at any time some sequences prefill, others decode, others have ended; pages lie in any order."""
     per_sequence = -(-max(LENGTHS) // block)
