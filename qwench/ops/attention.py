@@ -157,16 +157,32 @@ SHORT = 512
 def _short(
     q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, meta: AttnMeta, cache: KVCache | None, window: int | None
 ) -> Tensor:
-    """Training on a CPU with equal, short sequences: plain matrix products; everything else goes to SDPA.
+    """Training on a CPU with short sequences: plain matrix products on a grid; everything else goes to SDPA.
 
-    torch's CPU kernel is quick forwards, but its backward pass takes several times longer than these products.
+    torch's CPU kernel is quick forwards, but its backward pass takes several times longer than these products, and a
+    call for each of many short samples costs more than padding them to the longest.
     """
     num_tokens, num_seqs = q_THD.shape[0], meta.cu_q.numel() - 1
-    equal = num_tokens == num_seqs * meta.max_q
-    if cache is not None or window is not None or not equal or meta.max_q > SHORT or not torch.is_grad_enabled():
+    wasteful = num_seqs * meta.max_q > 4 * num_tokens
+    if cache is not None or window is not None or meta.max_q > SHORT or wasteful or not torch.is_grad_enabled():
         return _sdpa(q_THD, k_TKD, v_TKD, meta, cache, window)
-    heads, kv_heads, seq_len = q_THD.shape[1], k_TKD.shape[1], meta.max_q
-    group = heads // kv_heads
+    if num_tokens == num_seqs * meta.max_q:
+        return _short_grid(q_THD, k_TKD, v_TKD, num_seqs)
+    # Rows past the end of a sequence repeat its last token. They come after every real query, so causality hides them.
+    starts, ends = meta.cu_q[:-1].long(), meta.cu_q[1:].long()
+    grid = torch.minimum(starts[:, None] + torch.arange(meta.max_q), ends[:, None] - 1).flatten()
+    padding_before = torch.arange(num_seqs) * meta.max_q - starts
+    places = torch.arange(num_tokens) + padding_before.repeat_interleave(ends - starts)
+    q, k, v = (_ToGrid.apply(x, grid, places) for x in (q_THD, k_TKD, v_TKD))
+    out = _FromGrid.apply(_short_grid(q, k, v, num_seqs), places)
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _short_grid(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, num_seqs: int) -> Tensor:
+    """Causal attention of `num_seqs` sequences of equal length."""
+    num_tokens, heads, kv_heads = q_THD.shape[0], q_THD.shape[1], k_TKD.shape[1]
+    seq_len, group = num_tokens // num_seqs, heads // kv_heads
     # Query heads that share a key head lie below each other, so that one product serves the group.
     q = q_THD.view(num_seqs, seq_len, kv_heads, group, -1).permute(0, 2, 3, 1, 4).flatten(0, 1).flatten(1, 2)
     k, v = (x.unflatten(0, (num_seqs, seq_len)).transpose(1, 2).flatten(0, 1) for x in (k_TKD, v_TKD))
@@ -174,6 +190,34 @@ def _short(
     assert isinstance(out, Tensor)
     out = out.view(num_seqs, kv_heads, group, seq_len, -1).permute(0, 3, 1, 2, 4)
     return out.reshape(num_tokens, heads, -1)
+
+
+class _ToGrid(torch.autograd.Function):
+    """Rows x[grid]. Repeated rows get no gradient, so the backward pass gathers at `places` instead of adding up."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, grid: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        return x.index_select(0, grid)
+
+    @staticmethod
+    def backward(ctx: Any, d_grid: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return d_grid.index_select(0, *ctx.saved_tensors), None, None
+
+
+class _FromGrid(torch.autograd.Function):
+    """Rows x[places] of a grid; the others do not count and get zero gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.num_rows = x.shape[0]
+        return x.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        d_x = d_out.new_zeros(ctx.num_rows, *d_out.shape[1:])
+        return d_x.index_copy_(0, *ctx.saved_tensors, d_out), None
 
 
 class _ShortAttention(torch.autograd.Function):

@@ -28,8 +28,15 @@ class Batch:
         return self.tokens_T.numel()
 
 
+PAD_MULTIPLE = 256
+"""Batches are padded to a multiple of this many tokens, so that kernels are built for few shapes."""
+
+
 def make_batch(rows: Sequence[PackedRow], device: torch.device) -> Batch:
-    """Positions restart at 0 in every sequence."""
+    """Positions restart at 0 in every sequence. Padding is a row of its own without loss weight."""
+    num_padding = -sum(row.num_tokens for row in rows) % PAD_MULTIPLE
+    if num_padding:
+        rows = [*rows, _padding(num_padding)]
     seq_lens = np.concatenate([row.seq_lens for row in rows])
     starts = np.repeat(np.cumsum(seq_lens) - seq_lens, seq_lens)
 
@@ -43,3 +50,10 @@ def make_batch(rows: Sequence[PackedRow], device: torch.device) -> Batch:
         loss_weights_T=tensor([row.loss_weights for row in rows], torch.float32),
         meta=AttnMeta.packed(seq_lens.tolist(), device),
     )
+
+
+def _padding(num_tokens: int) -> PackedRow:
+    zeros = np.zeros(num_tokens, np.int32)
+    # In pieces, so that padding never is the longest sequence of a batch of short ones.
+    seq_lens = np.array([32] * (num_tokens // 32) + [num_tokens % 32] * (num_tokens % 32 > 0), np.int32)
+    return PackedRow(tokens=zeros, targets=zeros, loss_weights=zeros.astype(np.float32), seq_lens=seq_lens)
