@@ -111,13 +111,14 @@ def learn_tokenizer(context: Context) -> Results:
     texts = (document.text for document in training_documents(context))
     tokenizer = train(texts, context.cfg.vocab_size, chat_format=CHAT_FORMAT)
     tokenizer.save(context.path("tokenizer"))
-    longest = sorted((tokenizer.token_bytes(i) for i in range(256, tokenizer.num_regular)), key=len)[-12:]
+    pieces = (tokenizer.token_bytes(i).decode("utf-8", "replace") for i in range(256, tokenizer.num_regular))
+    longest = sorted((piece for piece in pieces if any(c.isalpha() for c in piece)), key=len)[-12:]
     return {
         "summary": f"{tokenizer.vocab_size} ids, {len(tokenizer.special_ids)} of them control tokens; "
         f"encoding by {tokenizer.backend}",
         "vocab_size": tokenizer.vocab_size,
         "backend": tokenizer.backend,
-        "longest": [token.decode("utf-8", "replace") for token in longest],
+        "longest": longest,
     }
 
 

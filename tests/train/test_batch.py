@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 
 from qwench.data.packing import PackedRow
-from qwench.train.batch import make_batch
+from qwench.train.batch import PAD_MULTIPLE, make_batch
 
 
 def row(tokens: list[int], seq_lens: list[int]) -> PackedRow:
@@ -17,13 +18,25 @@ def row(tokens: list[int], seq_lens: list[int]) -> PackedRow:
 
 def test_rows_end_to_end() -> None:
     batch = make_batch([row([7, 8, 9], [2, 1]), row([5, 6, 7, 8], [4])], torch.device("cpu"))
-    assert batch.num_tokens == 7
-    assert batch.tokens_T.tolist() == [7, 8, 9, 5, 6, 7, 8]
-    assert batch.targets_T.tolist() == [8, 9, 10, 6, 7, 8, 9]
-    assert batch.positions_T.tolist() == [0, 1, 0, 0, 1, 2, 3], "positions restart in every sequence"
-    assert batch.loss_weights_T.tolist() == [0, 1, 2, 0, 1, 2, 3]
-    assert batch.meta.cu_q.tolist() == [0, 2, 3, 7]
-    assert batch.meta.max_q == 4
+    assert batch.tokens_T[:7].tolist() == [7, 8, 9, 5, 6, 7, 8]
+    assert batch.targets_T[:7].tolist() == [8, 9, 10, 6, 7, 8, 9]
+    assert batch.positions_T[:7].tolist() == [0, 1, 0, 0, 1, 2, 3], "positions restart in every sequence"
+    assert batch.loss_weights_T[:7].tolist() == [0, 1, 2, 0, 1, 2, 3]
+    assert batch.meta.cu_q[:4].tolist() == [0, 2, 3, 7]
     assert batch.tokens_T.dtype == batch.targets_T.dtype == batch.positions_T.dtype == torch.int64
     assert batch.loss_weights_T.dtype == torch.float32
     assert batch.meta.cu_q.dtype == torch.int32
+
+
+@pytest.mark.parametrize("num_tokens", [1, 31, 32, 255, 256, 257])
+def test_padding_counts_for_nothing(num_tokens: int) -> None:
+    """What fills a batch up is in sequences of its own, without loss weight; nothing is added to a full batch."""
+    batch = make_batch([row([3] * num_tokens, [num_tokens])], torch.device("cpu"))
+    assert batch.num_tokens == -(-num_tokens // PAD_MULTIPLE) * PAD_MULTIPLE
+    assert batch.meta.cu_q[1] == num_tokens
+    assert batch.meta.cu_q[-1] == batch.num_tokens
+    lengths = batch.meta.cu_q.diff()
+    assert int(lengths.min()) > 0
+    assert batch.meta.max_q == int(lengths.max()) == max(num_tokens, int(lengths[1:].max()) if len(lengths) > 1 else 0)
+    assert not batch.loss_weights_T[num_tokens:].any()
+    assert torch.equal(batch.positions_T, torch.cat([torch.arange(n) for n in lengths.tolist()]))
