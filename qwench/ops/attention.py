@@ -202,7 +202,8 @@ class _ToGrid(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_grid: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return d_grid.index_select(0, *ctx.saved_tensors), None, None
+        (places,) = ctx.saved_tensors
+        return d_grid.index_select(0, places), None, None
 
 
 class _FromGrid(torch.autograd.Function):
@@ -216,8 +217,9 @@ class _FromGrid(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_out: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (places,) = ctx.saved_tensors
         d_x = d_out.new_zeros(ctx.num_rows, *d_out.shape[1:])
-        return d_x.index_copy_(0, *ctx.saved_tensors, d_out), None
+        return d_x.index_copy_(0, places, d_out), None
 
 
 class _ShortAttention(torch.autograd.Function):

@@ -72,13 +72,14 @@ class _ChunkedLinearCrossEntropy(torch.autograd.Function):
             loss += ((lse_C - target_logits_C) * loss_weights_T[rows]).sum()
             if not (want_hidden or want_weight):
                 continue
-            # d loss / d logits = w * (softmax - onehot), written over the logits.
+            # d loss / d logits = w * (softmax - onehot), written over the logits; w joins on the narrow side.
             probs_CV.scatter_add_(1, targets_C1, torch.full_like(targets_C1, -1, dtype=torch.float32))
-            d_logits_CV = torch.mul(probs_CV, loss_weights_T[rows, None], out=logits_CV)
+            d_logits_CV = logits_CV.copy_(probs_CV)
+            weights_C1 = loss_weights_T[rows, None]
             if d_hidden_TD is not None:
-                d_hidden_TD[rows] = d_logits_CV @ cast_VD
+                d_hidden_TD[rows] = (d_logits_CV @ cast_VD) * weights_C1
             if d_weight_VD is not None:
-                d_weight_VD += d_logits_CV.t() @ hidden_CD
+                d_weight_VD += d_logits_CV.t() @ (hidden_CD * weights_C1).to(hidden_CD.dtype)
         ctx.save_for_backward(d_hidden_TD, d_weight_VD)
         ctx.weight_dtype = weight_VD.dtype
         return loss

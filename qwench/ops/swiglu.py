@@ -36,12 +36,8 @@ class _FusedSwiGLU(torch.autograd.Function):
         gate, up = gate_up.chunk(2, -1)
         d_gate_up = torch.empty_like(gate_up)
         d_gate, d_up = d_gate_up.chunk(2, -1)
-        sigmoid = gate.sigmoid()
-        silu = gate * sigmoid
-        torch.mul(d_y, silu, out=d_up)
-        # d silu / d gate = sigmoid + silu * (1 - sigmoid)
-        torch.mul(torch.addcmul(sigmoid, silu, 1 - sigmoid), up, out=d_gate)
-        d_gate.mul_(d_y)
+        torch.mul(d_y, F.silu(gate), out=d_up)
+        d_gate.copy_(torch.ops.aten.silu_backward(d_y * up, gate))
         return d_gate_up
 
 

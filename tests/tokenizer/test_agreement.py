@@ -27,7 +27,8 @@ TEXT = st.lists(st.one_of(ODD, ALPHABET), max_size=40).map("".join)
 def test_equal_to_tokenizers_and_to_the_definition(small, small_oracle, text: str) -> None:
     ids = small.encode(text)
     assert ids == small_oracle.encode(text, add_special_tokens=False).ids
-    if not doubtful()[[ord(char) for char in text]].any():  # Python's and regex's tables are of other versions
+    # Python's and regex's Unicode tables are of other versions than those of `tokenizers`.
+    if not doubtful()[[ord(char) for char in text]].any() and unicodedata.normalize("NFC", text) == normalise(text):
         assert ids == bpe.encode(text, small.vocabulary.ranks)
 
 
