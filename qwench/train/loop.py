@@ -198,7 +198,8 @@ class Trainer:
         self.optimizer.set_lr_ratio(ratio)
         self.optimizer.zero_grad()
         weight = float(sum(row.loss_weights.sum(dtype=np.float64) for row in rows))
-        losses = [self._backward(part, weight) for part in self._micro_batches(rows)] if weight else []
+        size = self.cfg.micro_batch_rows or len(rows)
+        losses = [self._backward(part, weight) for part in self._micro_batches(rows, size)] if weight else []
         loss = float(torch.stack(losses).sum()) if losses else 0.0
         grad_norm = float(clip_gradients(self.model, self.recipe.optim.grad_clip)) if losses else 0.0
         num_tokens = sum(row.num_tokens for row in rows)
@@ -225,8 +226,7 @@ class Trainer:
         loss.backward()
         return loss.detach()
 
-    def _micro_batches(self, rows: Sequence[PackedRow]) -> Iterator[Sequence[PackedRow]]:
-        size = self.cfg.micro_batch_rows or len(rows)
+    def _micro_batches(self, rows: Sequence[PackedRow], size: int) -> Iterator[Sequence[PackedRow]]:
         return (rows[start : start + size] for start in range(0, len(rows), size))
 
     def _set_aside(self, rows: Sequence[PackedRow], first_row: int, reason: str) -> None:
@@ -265,12 +265,11 @@ class Trainer:
     def _validation_loss(self) -> float:
         assert self.val_source is not None
         total, weight = 0.0, 0.0
-        count = min(self.cfg.eval_rows, self.val_source.num_rows)
+        rows = [self.val_source.row(0, index) for index in range(min(self.cfg.eval_rows, self.val_source.num_rows))]
         with torch.no_grad():
-            for index in range(count):
-                row = self.val_source.row(0, index)
-                total += float(self.loss_function(self.model, make_batch([row], self.device)))
-                weight += float(row.loss_weights.sum())
+            for part in self._micro_batches(rows, self.cfg.micro_batch_rows or self.cfg.batch_rows):
+                total += float(self.loss_function(self.model, make_batch(part, self.device)))
+                weight += float(sum(row.loss_weights.sum(dtype=np.float64) for row in part))
         return total / max(weight, 1e-9)
 
     def _checkpoint_due(self) -> bool:

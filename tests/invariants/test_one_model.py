@@ -161,5 +161,5 @@ def test_attend_across(across: bool, make_model, tiny_config, tiny_shards, tiny_
         nll = torch.nn.functional.cross_entropy(alone, targets, reduction="none")
         total += float(nll[torch.tensor([across or t != tiny_tokenizer.eod_id for t in row.tokens])].sum())
         at += len(tokens)
-    assert num_sequences > 6 or across, "the rows must hold several documents"
+    assert num_sequences > len(rows) or across, "some row must hold several documents"
     assert float(next_token_loss(model, batch)) == pytest.approx(total, rel=1e-5)
