@@ -23,7 +23,7 @@ class DemoModelConfig:
 class DemoPretrainConfig:
     tokens: int = 2_000_000
     """Tokens to train on; fewer if the machine would take longer than max_seconds."""
-    max_seconds: float = 150.0
+    max_seconds: float = 130.0
     seq_len: int = 128
     batch_tokens: int = 4096
     lr: float = 0.016
@@ -42,11 +42,11 @@ class DemoSFTConfig:
     """Answer a sum with the bare number, or digit by digit first."""
     max_digits: int = 2
     epochs: float = 1.0
-    max_seconds: float = 90.0
+    max_seconds: float = 75.0
     seq_len: int = 128
     batch_tokens: int = 2048
-    lr: float = 0.004
-    muon_lr: float = 0.002
+    lr: float = 0.008
+    muon_lr: float = 0.004
     warmup_steps: int = 20
 
 
@@ -66,6 +66,6 @@ class DemoConfig:
     model: DemoModelConfig = DemoModelConfig()
     pretrain: DemoPretrainConfig = DemoPretrainConfig()
     sft: DemoSFTConfig = DemoSFTConfig()
-    eval_sums: int = 200
+    eval_sums: int = 150
     """Held-out sums asked before and after fine-tuning."""
     seed: int = 0

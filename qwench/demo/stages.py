@@ -9,7 +9,14 @@ from qwench.demo.evaluate import ANSWER_TOKENS, evaluate, export
 from qwench.demo.pipeline import Stage
 from qwench.demo.prepare import clean, collect, learn_tokenizer, write_conversations, write_shards
 from qwench.demo.report import write_report
-from qwench.demo.training import pretrain_steps, run_pretrain, run_sft, seconds_per_token, sft_steps
+from qwench.demo.training import (
+    pretrain_steps,
+    run_pretrain,
+    run_sft,
+    seconds_per_token,
+    sft_seconds_per_token,
+    sft_steps,
+)
 
 
 def _megabytes(cfg: DemoConfig) -> float:
@@ -22,8 +29,7 @@ def _pretrain_s(cfg: DemoConfig) -> float:
 
 
 def _sft_s(cfg: DemoConfig) -> float:
-    stage = cfg.sft
-    return sft_steps(cfg) * stage.batch_tokens * seconds_per_token(cfg, stage.seq_len, stage.batch_tokens)
+    return sft_steps(cfg) * cfg.sft.batch_tokens * sft_seconds_per_token(cfg)
 
 
 def _evaluate_s(cfg: DemoConfig) -> float:
