@@ -14,7 +14,7 @@ class DemoModelConfig:
 
     hidden_size: int = 256
     intermediate_size: int = 768
-    num_hidden_layers: int = 4
+    num_hidden_layers: int = 3
     num_attention_heads: int = 4
     num_key_value_heads: int = 2
 
@@ -23,7 +23,7 @@ class DemoModelConfig:
 class DemoPretrainConfig:
     tokens: int = 2_000_000
     """Tokens to train on; fewer if the machine would take longer than max_seconds."""
-    max_seconds: float = 130.0
+    max_seconds: float = 145.0
     seq_len: int = 128
     batch_tokens: int = 4096
     lr: float = 0.016
@@ -42,7 +42,7 @@ class DemoSFTConfig:
     """Answer a sum with the bare number, or digit by digit first."""
     max_digits: int = 2
     epochs: float = 1.0
-    max_seconds: float = 75.0
+    max_seconds: float = 90.0
     seq_len: int = 128
     batch_tokens: int = 2048
     lr: float = 0.008
