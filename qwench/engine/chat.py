@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from qwench.engine.engine import Engine
+from qwench.ops.hardware import pick_device, pick_dtype
 from qwench.types import Message, SamplingParams
 
 HELP = """/system TEXT   set the system prompt and start anew     /clear   forget the conversation
@@ -34,7 +35,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--max-tokens", type=int, default=1024, help="longest answer, in tokens")
     parser.add_argument("--seed", type=int)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    parser.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help="auto: bfloat16 where the processor multiplies it natively, else float32",
+    )
     args = parser.parse_args(argv)
     params = SamplingParams(
         temperature=args.temperature,
@@ -46,7 +52,8 @@ def main(argv: list[str]) -> int:
     )
     started = time.perf_counter()
     with err.status(f"loading {escape(args.model)}"):
-        engine = Engine(args.model, args.device, args.dtype, args.tokenizer)
+        dtype = pick_dtype("auto", pick_device(args.device)) if args.dtype == "auto" else args.dtype
+        engine = Engine(args.model, args.device, dtype, args.tokenizer)
     err.print(f"[dim]loaded in {time.perf_counter() - started:.1f} s; /help lists the commands[/]")
     chat = Chat(engine, params, args.system)
     if args.prompt:
