@@ -101,6 +101,7 @@ def main(argv: list[str] | None = None) -> int:
         hint = f"did you mean {near[0]!r}?" if near else "qwench --help lists them"
         print(f"qwench: there is no command {name!r}; {hint}", file=sys.stderr)
         return 2
+    share_the_processor()
     try:
         code = load_function(COMMANDS[name].main)(arguments[len(name.split()) :])
         sys.stdout.flush()  # here, where a reader that went away is still one line and not a traceback

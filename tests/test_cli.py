@@ -159,3 +159,12 @@ def test_doctor(capsys) -> None:
     out = capsys.readouterr().out
     for words in ("processor", "TFLOP/s measured", "training precision (auto)", "ops.attention", "torch", __version__):
         assert words in out
+
+
+def test_idle_threads_sleep_unless_the_user_says_otherwise(monkeypatch, capsys) -> None:
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    assert cli.main(["config", "show", "model"]) == 0
+    assert os.environ["GOMP_SPINCOUNT"] == "1000"
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    assert cli.main(["config", "show", "model"]) == 0
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
