@@ -1,4 +1,4 @@
-"""Write the README's benchmark table from benchmarks/results/*.json, so that no number stands there without its file."""
+"""Write the README's benchmark table from benchmarks/results/*.json: no number stands there without its file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def rows() -> list[str]:
     lines = [
         "| on 2 cores of a Xeon with AMX | qwench | peers | ceiling |",
         "|---|---|---|---|",
-        f"| encoding Python sources, one thread, MB/s | {ours:.0f} | tokenizers {theirs:.1f}, tiktoken {openai:.1f} | |",
+        f"| encoding Python sources, 1 thread, MB/s | {ours:.0f} | tokenizers {theirs:.1f}, tiktoken {openai:.1f} | |",
     ]
     for dtype in ("float32", "bfloat16"):
         result = figures(f"generate_cpu_{dtype}")
