@@ -5,17 +5,18 @@ Prompts go one after the other through the naive generator; `stream` gives one a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
 import torch
 
-from qwench.engine.naive import Chunk, NaiveGenerator
+from qwench.engine.naive import NaiveGenerator
 from qwench.model.checkpoint import locate
 from qwench.model.load import load_model
 from qwench.ops.hardware import pick_device
 from qwench.tokenizer import Tokenizer
-from qwench.types import Completion, SamplingParams
+from qwench.types import Chunk, Completion, SamplingParams
 
 
 class Engine:
@@ -53,3 +54,15 @@ class Engine:
     def stream(self, prompt: Sequence[int], params: SamplingParams) -> Iterator[Chunk]:
         """The pieces of one answer as they become final; the last one carries the completion."""
         return self.generator.stream(prompt, params)
+
+    async def astream(self, prompt: Sequence[int], params: SamplingParams) -> AsyncIterator[Chunk]:
+        """`stream` for asyncio. Leaving the loop early (break, cancellation) gives the answer up and frees its cache."""
+        pieces = self.stream(prompt, params)
+        while (chunk := await asyncio.to_thread(next, pieces, None)) is not None:
+            yield chunk
+
+    @property
+    def max_len(self) -> int:
+        return self.model.config.max_position_embeddings
+
+    def close(self) -> None: ...

@@ -7,7 +7,6 @@ key/value cache: one block for the whole sequence, which doubles when it is full
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from qwench.engine.sampling import sample
 from qwench.model.decoder import CausalLM
 from qwench.ops.attention import AttnMeta, KVCache
 from qwench.tokenizer import StreamDecoder, Tokenizer
-from qwench.types import Completion, FinishReason, SamplingParams
+from qwench.types import Chunk, Completion, FinishReason, SamplingParams
 
 
 class SequenceCache:
@@ -61,14 +60,6 @@ class SequenceCache:
             (torch.nn.functional.pad(keys, pad), torch.nn.functional.pad(values, pad)) for keys, values in self.layers
         ]
         self.capacity += extra
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Chunk:
-    """One step of a streamed answer: the text that became final, and at the end the whole completion."""
-
-    text: str
-    completion: Completion | None = None
 
 
 class NaiveGenerator:

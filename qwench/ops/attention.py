@@ -6,8 +6,8 @@ S keys of one sequence, N cache blocks, P positions in a block.
 Contract of `attention(q_THD, k_TKD, v_TKD, meta, cache=None, window=None) -> out_THD`
 * The T tokens are B sequences laid end to end; sequence b owns rows cu_q[b]:cu_q[b+1].
 * Without a cache, a query sees the keys of its own sequence up to and including itself.
-* With a cache, k and v are first written to the cache at `meta.slots`; sequence b then has `lens_k[b]` keys (old and
-  new), found through `block_table[b]`, and its queries are the last of them.
+* With a cache, the new keys and values already stand in it (`ops.rope.rope_and_store` put them at `meta.slots`);
+  sequence b has `lens_k[b]` keys (old and new), found through `block_table[b]`, and its queries are the last of them.
 * H is a multiple of K; query head h reads key/value head h // (H/K) (grouped-query attention [Qwen2 TR 2.2.1]).
 * `window` w: a query sees at most the last w keys, itself included.
 * Softmax is evaluated in fp32 and scaled by D ** -0.5; the result has q's dtype. Differentiable without a cache.
@@ -48,6 +48,10 @@ class AttnMeta:
     """[B, blocks] int32: cache blocks of each sequence, in order."""
     slots: Tensor | None = None
     """[T] int64: flat cache position (block * P + offset) that each new key is written to."""
+    num_decodes: int = 0
+    """How many of the first sequences certainly have a single query; fast paths treat them apart. 0 is always right."""
+    history: bool = True
+    """With a cache: whether any sequence after the first `num_decodes` has keys from before. True is always right."""
 
     @staticmethod
     def packed(seq_lens: Sequence[int], device: torch.device | str = "cpu") -> AttnMeta:
@@ -65,12 +69,6 @@ def attention(
     window: int | None = None,
 ) -> Tensor:
     """See the contract at the top of this file."""
-    if cache is not None:
-        assert meta.slots is not None
-        assert meta.lens_k is not None
-        assert meta.block_table is not None
-        for pages, new in zip(cache, (k_TKD, v_TKD), strict=True):
-            pages.view(-1, *pages.shape[2:]).index_copy_(0, meta.slots, new.to(pages.dtype))
     return ATTENTION.choose(q_THD.device)(q_THD, k_TKD, v_TKD, meta, cache, window)
 
 
@@ -244,19 +242,15 @@ class _ShortAttention(torch.autograd.Function):
         return torch.bmm(d_scores, k), torch.bmm(d_scores.transpose(1, 2), q), d_v
 
 
-def _varlen(
+def _paged(
     q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, meta: AttnMeta, cache: KVCache | None, window: int | None
 ) -> Tensor:
-    """torch's variable-length FlashAttention for packed half-precision streams; everything else goes to SDPA."""
-    from torch.nn.attention.varlen import varlen_attn
+    """The GPU's path, see `ops.attention_paged`."""
+    from qwench.ops import attention_paged
 
-    if cache is not None or window is not None or q_THD.dtype not in (torch.float16, torch.bfloat16):
-        return _sdpa(q_THD, k_TKD, v_TKD, meta, cache, window)
-    group = q_THD.shape[1] // k_TKD.shape[1]
-    k_THD, v_THD = k_TKD.repeat_interleave(group, 1), v_TKD.repeat_interleave(group, 1)
-    out = varlen_attn(q_THD, k_THD, v_THD, meta.cu_q, meta.cu_q, meta.max_q, meta.max_q, window_size=(-1, 0))
-    assert isinstance(out, Tensor)
-    return out
+    return attention_paged.attention(q_THD, k_TKD, v_TKD, meta, cache, window) or _sdpa(
+        q_THD, k_TKD, v_TKD, meta, cache, window
+    )
 
 
 def _on_cuda(device: torch.device) -> bool:
@@ -270,7 +264,7 @@ def _on_cpu(device: torch.device) -> bool:
 ATTENTION = Operation(
     "attention",
     [
-        Implementation("varlen", _varlen, _on_cuda),
+        Implementation("paged", _paged, _on_cuda),
         Implementation("short", _short, _on_cpu),
         Implementation("sdpa", _sdpa),
         Implementation("reference", _reference),

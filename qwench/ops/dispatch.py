@@ -26,6 +26,7 @@ import torch
 log = logging.getLogger("qwench.ops")
 
 _NOTHING: Mapping[str, str] = MappingProxyType({})
+_INVARIANT: ContextVar[bool] = ContextVar("batch_invariant", default=False)
 _FORCED: ContextVar[Mapping[str, str]] = ContextVar("forced_implementations", default=_NOTHING)
 OPERATIONS: dict[str, Operation] = {}
 
@@ -81,6 +82,20 @@ def forced(choices: Mapping[str, str]) -> Iterator[None]:
         yield
     finally:
         _FORCED.reset(token)
+
+
+@contextlib.contextmanager
+def batch_invariance(on: bool = True) -> Iterator[None]:
+    """Within the block, kernels whose result for a sequence depends on nothing but that sequence."""
+    token = _INVARIANT.set(on)
+    try:
+        yield
+    finally:
+        _INVARIANT.reset(token)
+
+
+def batch_invariant() -> bool:
+    return _INVARIANT.get()
 
 
 def chosen(device: torch.device) -> dict[str, str]:

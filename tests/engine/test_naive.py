@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from transformers import Qwen2ForCausalLM
 
 from qwench.engine import Engine
-from qwench.engine.naive import Chunk, NaiveGenerator, held_back
+from qwench.engine.naive import NaiveGenerator, held_back
 from qwench.model.weights import save_pretrained
 from qwench.ops.attention import AttnMeta
 from qwench.ops.cross_entropy import token_logprobs
-from qwench.types import Completion, Generator, SamplingParams
+from qwench.types import Chunk, Completion, Generator, SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True)
 PROMPT = "def bisect(a, x, lo=0):"
