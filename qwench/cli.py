@@ -27,6 +27,7 @@ COMMANDS = {
     "pretrain": Command("qwench.train.pretrain:main", "next-token training on token shards"),
     "sft": Command("qwench.train.sft:main", "supervised fine-tuning on conversations"),
     "chat": Command("qwench.engine.chat:main", "talk to a model in the terminal"),
+    "serve": Command("qwench.serve.command:main", "OpenAI-compatible server, with a chat page"),
     "convert": Command("qwench.model.convert:main", "Hugging Face, Qwen-1, GGUF and run checkpoints into each other"),
     "doctor": Command("qwench.doctor:main", "what this machine can do, and what qwench would choose"),
     "config": Command("qwench.cli:config_main", "show the defaults of a stage as commented TOML"),

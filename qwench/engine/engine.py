@@ -1,68 +1,351 @@
-"""The front of generation: open a checkpoint by path and continue prompts.
+"""The front of generation: open a checkpoint by path and continue prompts, many at a time.
 
-Prompts go one after the other through the naive generator; `stream` gives one answer piece by piece.
+    with Engine("path") as engine:
+        engine.generate([engine.tokenizer.encode("Hello")], SamplingParams(temperature=0, max_tokens=8))
+
+One thread of its own runs the loop of `core.py`; callers on any thread, or on asyncio loops, hand it requests and get
+what is new after each step.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+import contextlib
+import logging
+import queue
+import secrets
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
 
 import torch
 
-from qwench.engine.naive import NaiveGenerator
+from qwench.engine.answer import Answer
+from qwench.engine.blocks import BlockPool
+from qwench.engine.cache import cache_shape, num_blocks_that_fit
+from qwench.engine.config import EngineConfig
+from qwench.engine.core import Core
+from qwench.engine.runner import Runner
+from qwench.engine.sequence import Sequence
 from qwench.model.checkpoint import locate
+from qwench.model.decoder import CausalLM
 from qwench.model.load import load_model
 from qwench.ops.hardware import pick_device
 from qwench.tokenizer import Tokenizer
 from qwench.types import Chunk, Completion, SamplingParams
 
+if TYPE_CHECKING:
+    from qwench.engine.grammar import GrammarCompiler
+
+log = logging.getLogger("qwench.engine")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineStats:
+    """What the engine does now, and has done since it started."""
+
+    num_running: int
+    num_waiting: int
+    num_blocks: int
+    """Blocks of the cache that can be given out."""
+    num_free_blocks: int
+    block_size: int
+    """Tokens in a block."""
+    num_preemptions: int
+    prompt_tokens: int
+    cached_prompt_tokens: int
+    """Prompt tokens that the prefix cache already held."""
+    generated_tokens: int
+    draft_tokens: int
+    accepted_draft_tokens: int
+
 
 class Engine:
-    """A model that generates.
-
-    >>> engine = Engine("path")
-    >>> engine.generate([engine.tokenizer.encode("Hello")], SamplingParams(temperature=0, max_tokens=8))[0].text
-    """
+    """A model that generates."""
 
     def __init__(
         self,
-        path: str | Path,
+        path: str | Path | CausalLM,
         device: str = "auto",
         dtype: str | torch.dtype = "auto",
-        tokenizer: str | Path | None = None,
+        tokenizer: str | Path | Tokenizer | None = None,
+        config: EngineConfig | None = None,
     ) -> None:
-        """`dtype` "auto" takes bf16 on a GPU and fp32 on a CPU. `tokenizer` overrides the one beside the model."""
-        place = pick_device(device)
-        if dtype == "auto":
-            dtype = "bfloat16" if place.type == "cuda" else "float32"
-        where = locate(path)
-        self.tokenizer = Tokenizer.load(tokenizer or where)
-        self.model = load_model(where, device=place, dtype=dtype)
-        self.generator = NaiveGenerator(self.model, self.tokenizer)
+        """`path`: a checkpoint, or a model that is already loaded (give its tokenizer then).
 
+        `dtype` "auto" takes bf16 on a GPU and fp32 on a CPU. `tokenizer` overrides the one beside the model.
+        Raises ValueError for what cannot be loaded or does not fit.
+        """
+        self.config = config or EngineConfig()
+        if isinstance(path, CausalLM):
+            if tokenizer is None:
+                raise ValueError("an engine over a loaded model needs its tokenizer: Engine(model, tokenizer=...)")
+            self.model = path
+        else:
+            place = pick_device(device)
+            if dtype == "auto":
+                dtype = "bfloat16" if place.type == "cuda" else "float32"
+            where = locate(path)
+            self.model = load_model(where, device=place, dtype=dtype)
+            tokenizer = tokenizer or where
+        self.tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.load(tokenizer)
+        shape = self.model.config
+        if self.tokenizer.vocab_size > shape.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {self.tokenizer.vocab_size} ids but the model only {shape.vocab_size} rows; "
+                "use the tokenizer that belongs to the model"
+            )
+        self.max_len = self.config.max_len or shape.max_position_embeddings
+        self._ends = frozenset((*self.tokenizer.eos_token_ids, *shape.eos_token_ids))
+        self._core, self.num_blocks = self._build()
+        self._inbox: deque[tuple[Callable[[Sequence], None], Sequence]] = deque()
+        self._wake = threading.Condition()
+        self._thread: threading.Thread | None = None
+        self._closed = False
+        self._failure: BaseException | None = None
+        self._grammars: GrammarCompiler | None = None
+
+    def _build(self) -> tuple[Core, int]:
+        config, model = self.config, self.model
+        weight = model.model.embed_tokens.weight
+        device, dtype = weight.device, model.model.compute_dtype or weight.dtype
+        on_gpu = device.type == "cuda"
+        if config.deterministic and not on_gpu:
+            raise ValueError("deterministic=true needs the GPU's batch-invariant kernels; leave it out on a CPU")
+        max_seqs = config.max_seqs or (1024 if on_gpu else 16)
+        max_step_tokens = config.max_step_tokens or (16384 if on_gpu else 1024)
+        size = config.block_size
+        runner = Runner(model, config, self.tokenizer.vocab_size, max_seqs, -(-self.max_len // size))
+        shape = cache_shape(model.config, config, dtype)
+        with torch.inference_mode():
+            num_blocks = num_blocks_that_fit(
+                [shape], config, max_seqs * self.max_len, device, lambda: runner.rehearse(max_step_tokens)
+            )
+            runner.caches = shape.allocate(num_blocks, device)
+        log.info(
+            "cache of %d tokens (%.2f GiB), up to %d sequences of %d tokens",
+            (num_blocks - 1) * size, num_blocks * shape.block_bytes / 2**30, max_seqs, self.max_len,
+        )  # fmt: skip
+        pool = BlockPool(num_blocks, size, caching=config.prefix_caching)
+        return Core(runner, pool, config, max_seqs, max_step_tokens), num_blocks
+
+    # --------------------------------------------------------------------------------------------------- generating
     def generate(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
+        self,
+        prompts: Seq[Seq[int]],
+        params: SamplingParams | Seq[SamplingParams],
+        progress: Callable[[int], None] | None = None,
     ) -> list[Completion]:
-        """One completion a prompt, in order. `params` are shared, or one a prompt."""
+        """The completions of all prompts, in order; with n > 1 the n answers to a prompt stand together.
+
+        `params` are shared, or one a prompt. `progress` is called with 1 for each answer that is complete.
+        Raises ValueError before anything is computed when a prompt cannot be served.
+        """
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
         if len(each) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts but {len(each)} sampling parameters; give one, or one a prompt")
-        return [self.generator.generate(prompt, one) for prompt, one in zip(prompts, each, strict=True)]
+        sequences = [
+            sequence
+            for prompt, wishes in zip(prompts, each, strict=True)
+            for sequence in self._answers_to(prompt, wishes)
+        ]
+        done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
+        for sequence in sequences:
+            sequence.on_end, sequence.on_failure = lambda: done.put(None), done.put
+        self._start(sequences)
+        try:
+            for _ in sequences:
+                _raise(done.get())
+                if progress is not None:
+                    progress(1)
+        finally:
+            self._abort(sequences)
+        return [sequence.answer.completion() for sequence in sequences]
 
-    def stream(self, prompt: Sequence[int], params: SamplingParams) -> Iterator[Chunk]:
-        """The pieces of one answer as they become final; the last one carries the completion."""
-        return self.generator.stream(prompt, params)
+    def _answers_to(self, prompt: Seq[int], params: SamplingParams) -> list[Sequence]:
+        if params.n == 1:
+            return [self._sequence(prompt, params)]
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        return [self._sequence(prompt, replace(params, n=1, seed=seed + i)) for i in range(params.n)]
 
-    async def astream(self, prompt: Sequence[int], params: SamplingParams) -> AsyncIterator[Chunk]:
-        """`stream` for asyncio. Leaving the loop early (break, cancellation) gives the answer up and frees its cache."""
-        pieces = self.stream(prompt, params)
-        while (chunk := await asyncio.to_thread(next, pieces, None)) is not None:
-            yield chunk
+    def stream(self, prompt: Seq[int], params: SamplingParams) -> Iterator[Chunk]:
+        """The pieces of one answer as they become final; the last one carries the completion.
+
+        Closing the iterator early gives the answer up and frees its cache.
+        """
+        chunks: queue.SimpleQueue[Chunk | BaseException] = queue.SimpleQueue()
+        sequence = self._sequence(prompt, params, chunks.put)
+        sequence.on_failure = chunks.put
+        self._start([sequence])
+        return self._pieces(sequence, chunks)
+
+    def _pieces(self, sequence: Sequence, chunks: queue.SimpleQueue[Chunk | BaseException]) -> Iterator[Chunk]:
+        try:
+            while not isinstance(item := chunks.get(), BaseException):
+                yield item
+                if item.completion is not None:
+                    return
+            _raise(item)
+        finally:
+            self._abort([sequence])
+
+    async def astream(self, prompt: Seq[int], params: SamplingParams) -> AsyncIterator[Chunk]:
+        """`stream` for asyncio. Leaving the loop early (break, cancellation) gives the answer up and frees its cache.
+
+        After a break, close the generator (`contextlib.aclosing`): Python does so only some time later by itself.
+        """
+        loop = asyncio.get_running_loop()
+        chunks: asyncio.Queue[Chunk | BaseException] = asyncio.Queue()
+
+        def put(item: Chunk | BaseException) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody listens any more
+                loop.call_soon_threadsafe(chunks.put_nowait, item)
+
+        sequence = self._sequence(prompt, params, put)
+        sequence.on_failure = put
+        self._start([sequence])
+        try:
+            while not isinstance(item := await chunks.get(), BaseException):
+                yield item
+                if item.completion is not None:
+                    return
+            _raise(item)
+        finally:
+            self._abort([sequence])
+
+    def validate(self, prompt: Seq[int], params: SamplingParams) -> list[int]:
+        """The prompt as a list. Raises ValueError for what cannot be served: empty, too long, unknown ids."""
+        if isinstance(prompt, str):
+            raise ValueError("the prompt is a string; give token ids, for example tokenizer.encode(text)")
+        ids = [int(token) for token in prompt]
+        if not ids:
+            raise ValueError("the prompt is empty; give at least one token")
+        rows = self.model.config.vocab_size
+        if min(ids) < 0 or max(ids) >= rows:
+            bad = next(token for token in ids if not 0 <= token < rows)
+            raise ValueError(f"token id {bad} is outside the model's rows 0 to {rows - 1}")
+        longest = min(self.max_len, self.cache_tokens) - 1
+        if len(ids) > longest:
+            what = "context" if self.max_len <= self.cache_tokens else "key/value cache"
+            raise ValueError(f"the prompt has {len(ids)} tokens; the {what} holds {longest} and one of the answer")
+        if bad_bias := [token for token in params.logit_bias if not 0 <= token < self.tokenizer.vocab_size]:
+            raise ValueError(f"logit_bias names token {bad_bias[0]}; ids run from 0 to {self.tokenizer.vocab_size - 1}")
+        return ids
 
     @property
-    def max_len(self) -> int:
-        return self.model.config.max_position_embeddings
+    def cache_tokens(self) -> int:
+        """Tokens whose keys and values fit into the cache."""
+        return (self.num_blocks - 1) * self.config.block_size
 
-    def close(self) -> None: ...
+    def _sequence(
+        self, prompt: Seq[int], params: SamplingParams, sink: Callable[[Chunk], None] | None = None
+    ) -> Sequence:
+        if params.n != 1:
+            raise ValueError(f"n is {params.n}; a stream carries one answer, so open n streams with seeds of their own")
+        ids = self.validate(prompt, params)
+        ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._ends)
+        limit = min(params.max_tokens, min(self.max_len, self.cache_tokens) - len(ids))
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        answer = Answer(self.tokenizer, params, ends, limit, streaming=sink is not None)
+        sequence = Sequence(ids, params, seed, answer, sink)
+        if params.grammar is not None:
+            sequence.matcher = self.grammars.compile(params.grammar)
+        return sequence
+
+    @property
+    def grammars(self) -> GrammarCompiler:
+        """Compiles grammars for this tokenizer; built when first needed."""
+        if self._grammars is None:
+            from qwench.engine.grammar import GrammarCompiler
+
+            self._grammars = GrammarCompiler(self.tokenizer, self.model.config.vocab_size)
+        return self._grammars
+
+    # -------------------------------------------------------------------------------------------------------- thread
+    def _start(self, sequences: list[Sequence]) -> None:
+        with self._wake:
+            if self._failure is not None:
+                raise RuntimeError("the engine has failed earlier; start a new one") from self._failure
+            if self._closed:
+                raise RuntimeError("the engine is closed")
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._loop, name="qwench-engine", daemon=True)
+                self._thread.start()
+            self._inbox.extend((self._core.add, sequence) for sequence in sequences)
+            self._wake.notify()
+
+    def _abort(self, sequences: list[Sequence]) -> None:
+        """Give up those that are not finished."""
+        if unfinished := [sequence for sequence in sequences if not sequence.is_finished]:
+            with self._wake:
+                self._inbox.extend((self._core.abort, sequence) for sequence in unfinished)
+                self._wake.notify()
+
+    def _loop(self) -> None:
+        core = self._core
+        try:
+            if core.runner.on_gpu:
+                torch.cuda.set_device(core.runner.device)
+            while True:
+                with self._wake:
+                    while not self._inbox and not core.has_work and not self._closed:
+                        self._wake.wait()
+                    acts = [self._inbox.popleft() for _ in range(len(self._inbox))]
+                    if self._closed:
+                        raise RuntimeError("the engine was closed")
+                for act, sequence in acts:
+                    act(sequence)
+                core.step()
+        except BaseException as failure:
+            if not self._closed:
+                log.exception("the engine's loop has failed")
+            with self._wake:
+                self._failure = failure
+                new = [sequence for act, sequence in self._inbox if act == core.add]
+            for sequence in [*core.scheduler.running, *core.scheduler.waiting, *new]:
+                sequence.on_failure(failure)
+
+    def stats(self) -> EngineStats:
+        core = self._core
+        return EngineStats(
+            num_running=len(core.scheduler.running),
+            num_waiting=len(core.scheduler.waiting) + len(self._inbox),
+            num_blocks=self.num_blocks - 1,
+            num_free_blocks=core.pool.num_free,
+            block_size=self.config.block_size,
+            num_preemptions=core.scheduler.num_preemptions,
+            prompt_tokens=core.scheduler.num_prompt_tokens,
+            cached_prompt_tokens=core.scheduler.num_cached_tokens,
+            generated_tokens=core.num_generated,
+            draft_tokens=0,
+            accepted_draft_tokens=0,
+        )
+
+    def close(self) -> None:
+        """Stop the loop; unfinished answers are given up."""
+        with self._wake:
+            self._closed = True
+            self._wake.notify()
+        if self._thread is not None:
+            self._thread.join()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def _raise(failure: BaseException | None) -> None:
+    """Errors of one request as they are, those of the engine as such."""
+    if isinstance(failure, ValueError):
+        raise failure
+    if failure is not None:
+        raise RuntimeError(f"the engine has stopped: {failure}") from failure

@@ -1,21 +1,28 @@
 """The oracle generator: one sequence at a time, one forward pass a token, nothing clever.
 
-It is what the fast engine is tested against, and what chat and the small evaluations use. Its only economy is a
-key/value cache: one block for the whole sequence, which doubles when it is full.
+It is what the fast engine is tested against. Its only economy is a key/value cache: one block for the whole sequence,
+which doubles when it is full.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from qwench.engine.sampling import sample
+from qwench.engine.answer import held_back
+from qwench.engine.sampling import draw, penalised, pick_seed
 from qwench.model.decoder import CausalLM
 from qwench.ops.attention import AttnMeta, KVCache
+from qwench.ops.cross_entropy import token_logprobs
 from qwench.tokenizer import StreamDecoder, Tokenizer
 from qwench.types import Chunk, Completion, FinishReason, SamplingParams
+
+if TYPE_CHECKING:
+    from qwench.engine.grammar import GrammarCompiler, Matcher
 
 
 class SequenceCache:
@@ -65,8 +72,9 @@ class SequenceCache:
 class NaiveGenerator:
     """A `Generator` over a model and its tokenizer."""
 
-    def __init__(self, model: CausalLM, tokenizer: Tokenizer) -> None:
-        self.model, self.tokenizer = model, tokenizer
+    def __init__(self, model: CausalLM, tokenizer: Tokenizer, grammars: GrammarCompiler | None = None) -> None:
+        """Without `grammars`, requests with a grammar are refused."""
+        self.model, self.tokenizer, self.grammars = model, tokenizer, grammars
         if tokenizer.vocab_size > model.config.vocab_size:
             raise ValueError(
                 f"the tokenizer has {tokenizer.vocab_size} ids but the model only {model.config.vocab_size} rows; "
@@ -74,7 +82,7 @@ class NaiveGenerator:
             )
 
     def generate(self, token_ids: Sequence[int], params: SamplingParams) -> Completion:
-        """Continue one prompt. Raises ValueError for an empty prompt or ids outside the model's rows."""
+        """Continue one prompt. Raises ValueError as `stream` does."""
         completion = None
         for chunk in self.stream(token_ids, params):
             completion = chunk.completion
@@ -83,53 +91,123 @@ class NaiveGenerator:
 
     @torch.inference_mode()
     def stream(self, token_ids: Sequence[int], params: SamplingParams) -> Iterator[Chunk]:
-        """Yield the answer as it becomes final; the last chunk carries the completion.
+        """Yield a chunk for each token; the last one carries the completion.
 
         Text that could still turn into a stop string is held back. Rows of the model without a token are never drawn.
+        The answer also ends ("length") where the context is full, and ("stop") where its grammar allows no more.
+        Raises ValueError for a prompt that is empty, has ids outside the model's rows or leaves no room for an answer,
+        for n > 1, and for a grammar that does not compile or that nothing here can compile.
         """
         token_ids = self._checked(token_ids)
-        device = self.model.model.embed_tokens.weight.device
-        generator = torch.Generator(device)
-        if params.seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(params.seed)
+        matcher = self._matcher(params)
+        seed = pick_seed(params.seed)
         ends = set() if params.ignore_eos else {*self.tokenizer.eos_token_ids, *self.model.config.eos_token_ids}
         ends |= set(params.stop_token_ids)
-        cache = SequenceCache(self.model, len(token_ids) + min(params.max_tokens, 256))
+        max_tokens = min(params.max_tokens, self.model.config.max_position_embeddings - len(token_ids))
+        cache = SequenceCache(self.model, len(token_ids) + min(max_tokens, 256))
         hidden_TD = cache.append(self.model, token_ids)
+        prompt_logprobs = self._prompt_logprobs(hidden_TD, token_ids) if params.prompt_logprobs else None
         ids: list[int] = []
         logprobs: list[float] = []
-        text, sent = "", 0
+        top_logprobs: list[dict[int, float]] = []
+        text, num_sent, cut = "", 0, False
         decoder = StreamDecoder(self.tokenizer)
-        finish: FinishReason = "length"
-        cut = False
+        finish: FinishReason | None = None
         while True:
             logits_V = self.model.head(hidden_TD[-1:])[0]
-            token = sample(logits_V[: self.tokenizer.vocab_size], [*token_ids, *ids], params, generator)
+            banned = ends if len(ids) < params.min_tokens else set()
+            token = self._draw(logits_V, token_ids, ids, params, seed, banned, matcher)
+            logprobs_V = logits_V.log_softmax(-1)
             ids.append(token)
-            logprobs.append(float(logits_V.log_softmax(-1)[token]))
+            logprobs.append(float(logprobs_V[token]))
+            top = _likeliest(logprobs_V, params.top_logprobs)
+            top_logprobs += [top] if params.top_logprobs else []
             if token in ends:
                 finish = "stop"
+            else:
+                num_before = len(text)
+                text += decoder.push(token)
+                if len(ids) >= params.min_tokens and (found := _completed(text, num_before, params.stop)):
+                    text, finish, cut = text[: min(found)], "stop", True
+                elif matcher is not None:
+                    matcher.consume(token)
+                    finish = "stop" if matcher.is_finished else None
+                if finish is None and len(ids) == max_tokens:
+                    finish = "length"
+            if finish is not None:
                 break
-            text += decoder.push(token)
-            found = [at for stop in params.stop if stop and (at := text.find(stop)) >= 0]
-            if found:
-                text, finish, cut = text[: min(found)], "stop", True
-                break
-            if len(ids) == params.max_tokens:
-                break
-            safe = max(sent, len(text) - held_back(text, params.stop))
-            if safe > sent:
-                yield Chunk(text=text[sent:safe])
-                sent = safe
+            safe = max(num_sent, len(text) - held_back(text, params.stop))
+            yield Chunk(
+                text=text[num_sent:safe],
+                token_ids=[token],
+                logprobs=logprobs[-1:],
+                top_logprobs=[top] if params.top_logprobs else [],
+            )
+            num_sent = safe
             hidden_TD = cache.append(self.model, [token])
         if not cut:
             text += decoder.flush()
         yield Chunk(
-            text=text[sent:],
-            completion=Completion(token_ids=ids, text=text, logprobs=logprobs, finish_reason=finish),
+            text=text[num_sent:],
+            token_ids=[token],
+            logprobs=logprobs[-1:],
+            top_logprobs=[top] if params.top_logprobs else [],
+            completion=Completion(
+                token_ids=ids,
+                text=text,
+                logprobs=logprobs,
+                finish_reason=finish,
+                top_logprobs=top_logprobs if params.top_logprobs else None,
+                prompt_logprobs=prompt_logprobs,
+            ),
         )
+
+    def _draw(
+        self,
+        logits_V: Tensor,
+        prompt_ids: Sequence[int],
+        answer_ids: Sequence[int],
+        params: SamplingParams,
+        seed: int,
+        banned: set[int],
+        matcher: Matcher | None,
+    ) -> int:
+        """The next token: of the tokenizer's ids, allowed by the grammar, not banned.
+
+        A grammar that allows nothing but banned ids wins over the ban.
+        """
+        logits_V = penalised(logits_V[: self.tokenizer.vocab_size], prompt_ids, answer_ids, params)
+        if matcher is not None:
+            logits_V = logits_V.masked_fill(~self._allowed(matcher, logits_V), float("-inf"))
+        ban = [token for token in banned if token < logits_V.numel()]
+        without_V = logits_V.index_fill(0, torch.tensor(ban, dtype=torch.int64, device=logits_V.device), float("-inf"))
+        if matcher is None or bool((without_V > float("-inf")).any()):
+            logits_V = without_V
+        return draw(logits_V, params, seed, len(answer_ids))
+
+    def _allowed(self, matcher: Matcher, logits_V: Tensor) -> Tensor:
+        """[V] bool: the tokens whose bit in the grammar's mask is set."""
+        words = np.zeros(-(-self.model.config.vocab_size // 32), dtype=np.int32)
+        matcher.fill_mask(words)
+        bits = np.unpackbits(words.view(np.uint8), bitorder="little")[: logits_V.numel()]
+        return torch.from_numpy(bits).to(logits_V.device, torch.bool)
+
+    def _prompt_logprobs(self, hidden_TD: Tensor, token_ids: Sequence[int]) -> list[float | None]:
+        targets_T = torch.tensor(token_ids[1:], dtype=torch.int64, device=hidden_TD.device)
+        if not targets_T.numel():
+            return [None]
+        return [None, *token_logprobs(hidden_TD[:-1], self.model.lm_head.weight, targets_T).tolist()]
+
+    def _matcher(self, params: SamplingParams) -> Matcher | None:
+        if params.n != 1:
+            raise ValueError(f"n is {params.n}; one call gives one answer: call once for each, with seed + i")
+        if params.grammar is None:
+            return None
+        if self.grammars is None:
+            raise ValueError(
+                "this generator has no grammar compiler; give grammars=GrammarCompiler(...) when it is made"
+            )
+        return self.grammars.compile(params.grammar)
 
     def _checked(self, token_ids: Sequence[int]) -> list[int]:
         if isinstance(token_ids, str):
@@ -140,15 +218,19 @@ class NaiveGenerator:
         rows = self.model.config.vocab_size
         if bad := [token for token in ids if not 0 <= token < rows]:
             raise ValueError(f"token id {bad[0]} is outside the model's rows 0 to {rows - 1}")
+        if len(ids) >= (length := self.model.config.max_position_embeddings):
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens; the model's context of {length} leaves no room to answer"
+            )
         return ids
 
 
-def held_back(text: str, stops: Sequence[str]) -> int:
-    """Length of the longest end of `text` that is the beginning of a stop string."""
-    longest = 0
-    for stop in stops:
-        for size in range(min(len(stop) - 1, len(text)), longest, -1):
-            if text.endswith(stop[:size]):
-                longest = size
-                break
-    return longest
+def _likeliest(logprobs_V: Tensor, num: int) -> dict[int, float]:
+    """The `num` likeliest ids with their log-probabilities, best first."""
+    best = logprobs_V.topk(num)
+    return dict(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+
+
+def _completed(text: str, num_before: int, stops: Sequence[str]) -> list[int]:
+    """Where the stop strings begin that end behind the first `num_before` characters of the text."""
+    return [at for stop in stops if stop and (at := text.find(stop, max(0, num_before - len(stop) + 1))) >= 0]

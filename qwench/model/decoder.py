@@ -16,25 +16,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qwench.model.config import ModelConfig
 from qwench.ops.attention import AttnMeta, KVCache, attention
+from qwench.ops.linear import linear
 from qwench.ops.norm import rms_norm
-from qwench.ops.rope import apply_rope, inverse_frequencies, rope_tables
-from qwench.ops.swiglu import swiglu
-
-
-class Linear(nn.Linear):
-    """A linear layer that computes in the dtype of its input, whatever its weights are stored in.
-
-    Training keeps fp32 master weights and feeds bf16 activations; the gradients arrive in fp32.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(input.dtype)
-        return F.linear(input, self.weight.to(input.dtype), bias)
+from qwench.ops.rope import Rope, cached_inverse_frequencies, rope_and_store
 
 
 class RMSNorm(nn.Module):
@@ -47,8 +35,22 @@ class RMSNorm(nn.Module):
         return rms_norm(x, self.weight, self.eps)
 
 
+class Linear(nn.Linear):
+    """A linear layer that computes in the dtype of its input, with what stands before and after it in one operation.
+
+    Training keeps fp32 master weights and feeds bf16 activations; the gradients arrive in fp32.
+    """
+
+    def forward(
+        self, input: Tensor, *, norm: RMSNorm | None = None, swiglu: bool = False, residual: Tensor | None = None
+    ) -> Tensor:
+        """[T, K] -> [T, N]: norm first, then the product, then SwiGLU ([T, N / 2]), then + residual. See `ops.linear`."""
+        before = (norm.weight, norm.eps) if norm is not None else None
+        return linear(input, self.weight, self.bias, norm=before, swiglu=swiglu, residual=residual)
+
+
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions: one merged projection in, one out."""
+    """x + attention(norm(x)): grouped-query attention with rotary positions, one merged projection in, one out."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -60,29 +62,29 @@ class Attention(nn.Module):
         self.o_proj = Linear(config.num_attention_heads * self.head_size, config.hidden_size, bias=False)
 
     def forward(
-        self, x_TD: Tensor, rope: tuple[Tensor, Tensor], meta: AttnMeta, cache: KVCache | None = None
+        self, x_TD: Tensor, norm: RMSNorm, rope: Rope, meta: AttnMeta, cache: KVCache | None = None
     ) -> Tensor:
-        heads_THD = self.qkv_proj(x_TD).unflatten(-1, (-1, self.head_size))
+        heads_THD = self.qkv_proj(x_TD, norm=norm).unflatten(-1, (-1, self.head_size))
         q_THD, k_TKD, v_TKD = heads_THD.split(self.heads, 1)
-        q_THD, k_TKD = apply_rope(q_THD, *rope), apply_rope(k_TKD, *rope)
+        q_THD, k_TKD = rope_and_store(q_THD, k_TKD, v_TKD, rope, cache, meta.slots)
         out_THD = attention(q_THD, k_TKD, v_TKD, meta, cache, self.window)
-        return self.o_proj(out_THD.flatten(1))
+        return self.o_proj(out_THD.flatten(1), residual=x_TD)
 
 
 class MLP(nn.Module):
-    """SwiGLU feed-forward layer: down(silu(gate x) * up x)."""
+    """x + down(silu(gate n) * up n) with n = norm(x)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.gate_up_proj = Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
         self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x_TD: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_up_proj(x_TD)))
+    def forward(self, x_TD: Tensor, norm: RMSNorm) -> Tensor:
+        return self.down_proj(self.gate_up_proj(x_TD, norm=norm, swiglu=True), residual=x_TD)
 
 
 class Block(nn.Module):
-    """One pre-norm layer: x += attention(norm(x)); x += mlp(norm(x))."""
+    """One pre-norm layer: attention, then the feed-forward layer, each with its norm and its residual."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -91,11 +93,9 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(
-        self, x_TD: Tensor, rope: tuple[Tensor, Tensor], meta: AttnMeta, cache: KVCache | None = None
-    ) -> Tensor:
-        x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rope, meta, cache)
-        return x_TD + self.mlp(self.post_attention_layernorm(x_TD))
+    def forward(self, x_TD: Tensor, rope: Rope, meta: AttnMeta, cache: KVCache | None = None) -> Tensor:
+        x_TD = self.self_attn(x_TD, self.input_layernorm, rope, meta, cache)
+        return self.mlp(x_TD, self.post_attention_layernorm)
 
 
 class Decoder(nn.Module):
@@ -119,8 +119,8 @@ class Decoder(nn.Module):
         """
         x_TD = self.embed_tokens(tokens_T)
         x_TD = x_TD.to(self.compute_dtype or x_TD.dtype)
-        inv_freq = inverse_frequencies(self.config.rope_theta, self.config.d_head, x_TD.device)
-        rope = rope_tables(positions_T, inv_freq, x_TD.dtype)
+        inv_freq = cached_inverse_frequencies(self.config.rope_theta, self.config.d_head, x_TD.device)
+        rope = Rope.at(positions_T, inv_freq, x_TD.dtype)
         for index, layer in enumerate(self.layers):
             x_TD = layer(x_TD, rope, meta, caches[index] if caches is not None else None)
         return self.norm(x_TD)

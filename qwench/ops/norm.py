@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwench.ops import triton_launch
 from qwench.ops.dispatch import Implementation, Operation
 
 
@@ -46,6 +47,27 @@ class _FusedRMSNorm(torch.autograd.Function):
         return d_x, d_weight, None
 
 
+LONGEST_ROW = 16384
+"""Longest rows of the Triton kernel, which holds a row in one program."""
+
+
+def _triton(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """One kernel without a gradient; under autograd the fused implementation."""
+    recorded = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    if recorded or x.shape[-1] > LONGEST_ROW or x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        out = _FusedRMSNorm.apply(x, weight, eps)
+        assert isinstance(out, Tensor)
+        return out
+    from qwench.ops import elementwise_triton
+
+    return elementwise_triton.rms_norm(x, weight, eps)
+
+
 RMS_NORM = Operation(
-    "rms_norm", [Implementation("fused", _FusedRMSNorm.apply), Implementation("reference", _reference)]
+    "rms_norm",
+    [
+        Implementation("triton", _triton, triton_launch.runs_triton),
+        Implementation("fused", _FusedRMSNorm.apply),
+        Implementation("reference", _reference),
+    ],
 )

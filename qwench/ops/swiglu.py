@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qwench.ops import triton_launch
 from qwench.ops.dispatch import Implementation, Operation
 
 
@@ -41,4 +42,23 @@ class _FusedSwiGLU(torch.autograd.Function):
         return d_gate_up
 
 
-SWIGLU = Operation("swiglu", [Implementation("fused", _FusedSwiGLU.apply), Implementation("reference", _reference)])
+def _triton(gate_up: Tensor) -> Tensor:
+    """One kernel without a gradient; under autograd the fused implementation."""
+    recorded = torch.is_grad_enabled() and gate_up.requires_grad
+    if recorded or gate_up.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        out = _FusedSwiGLU.apply(gate_up)
+        assert isinstance(out, Tensor)
+        return out
+    from qwench.ops import elementwise_triton
+
+    return elementwise_triton.swiglu(gate_up)
+
+
+SWIGLU = Operation(
+    "swiglu",
+    [
+        Implementation("triton", _triton, triton_launch.runs_triton),
+        Implementation("fused", _FusedSwiGLU.apply),
+        Implementation("reference", _reference),
+    ],
+)

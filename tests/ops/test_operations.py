@@ -164,8 +164,9 @@ def test_attention_paged_equals_packed(name: str, block: int, window: int | None
             lens_k=torch.tensor(done, dtype=torch.int32),
             max_k=max(done),
             block_table=torch.tensor(tables, dtype=torch.int32),
-            slots=torch.tensor(slots),
         )
+        for pages, new in zip(cache, (k, v), strict=True):
+            pages.view(-1, kv_heads, size)[slots] = new[rows]
         with forced({"attention": name}):
             got[rows] = attention(q[rows], k[rows], v[rows], meta, cache, window)
     assert done == lens

@@ -1,0 +1,110 @@
+"""One answer as it grows: when it ends, its text, and what is new since the caller last looked.
+
+Text lags behind tokens while it is half of a character or could still turn into a stop string. It is made only where
+somebody reads it on the way (streaming) or a stop string must be found; else once at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from qwench.tokenizer import StreamDecoder, Tokenizer
+from qwench.types import Chunk, Completion, FinishReason, SamplingParams
+
+
+class Answer:
+    def __init__(
+        self, tokenizer: Tokenizer, params: SamplingParams, ends: frozenset[int], limit: int, *, streaming: bool
+    ) -> None:
+        """`ends` are the tokens that end it, `limit` the most tokens that it may have."""
+        self.params, self.ends, self.limit = params, ends, limit
+        self.token_ids: list[int] = []
+        self.logprobs: list[float] = []
+        self.top_logprobs: list[dict[int, float]] = []
+        self.prompt_logprobs: list[float | None] | None = None
+        self.num_cached_tokens = 0
+        self.finish: FinishReason | None = None
+        self._tokenizer, self._streaming = tokenizer, streaming
+        self._stops = [stop for stop in params.stop if stop]
+        self._reads = streaming or bool(self._stops)
+        self._decoder = StreamDecoder(tokenizer)
+        self._text, self._sent_text, self._sent_tokens = "", 0, 0
+        self._longest_stop = max((len(stop) for stop in self._stops), default=0)
+
+    def push(self, token: int, logprob: float, top: dict[int, float] | None = None) -> bool:
+        """Add a token; whether the answer has ended."""
+        self.token_ids.append(token)
+        self.logprobs.append(logprob)
+        if top is not None:
+            self.top_logprobs.append(top)
+        if token in self.ends:
+            return self._end("stop")
+        if self._reads:
+            piece = self._decoder.push(token)
+            self._text += piece
+            if self._stops and piece and len(self.token_ids) >= self.params.min_tokens and self._cut(len(piece)):
+                return self._end("stop", flush=False)
+        if len(self.token_ids) >= self.limit:
+            return self._end("length")
+        return False
+
+    def _cut(self, num_new: int) -> bool:
+        """Cut the text at the first stop string, if one has just become complete."""
+        # Before min_tokens nothing was looked for, so a stop string may lie further back than the new piece.
+        start = 0 if len(self.token_ids) == self.params.min_tokens else len(self._text) - num_new - self._longest_stop
+        found = [at for stop in self._stops if (at := self._text.find(stop, max(0, start))) >= 0]
+        if found:
+            self._text = self._text[: min(found)]
+        return bool(found)
+
+    def _end(self, reason: FinishReason, *, flush: bool = True) -> bool:
+        if not self._reads:
+            kept = self.token_ids[:-1] if reason == "stop" else self.token_ids
+            self._text = self._tokenizer.decode(kept, skip_special=True)
+        elif flush:
+            self._text += self._decoder.flush()
+        self.finish = reason
+        return True
+
+    def abort(self) -> None:
+        if self.finish is None:
+            self._end("abort")
+
+    def take(self) -> Chunk:
+        """What is new since the last call; after the end, with the completion."""
+        first, self._sent_tokens = self._sent_tokens, len(self.token_ids)
+        done = self.finish is not None
+        safe = len(self._text) if done else max(self._sent_text, len(self._text) - held_back(self._text, self._stops))
+        text, self._sent_text = self._text[self._sent_text : safe], safe
+        return Chunk(
+            text=text,
+            token_ids=self.token_ids[first:],
+            logprobs=self.logprobs[first:],
+            top_logprobs=self.top_logprobs[first:],
+            completion=self.completion() if done else None,
+        )
+
+    def completion(self) -> Completion:
+        assert self.finish is not None
+        further: dict[str, Any] = {"top_logprobs": self.top_logprobs} if self.params.top_logprobs else {}
+        return Completion(
+            token_ids=self.token_ids,
+            text=self._text,
+            logprobs=self.logprobs,
+            finish_reason=self.finish,
+            prompt_logprobs=self.prompt_logprobs,
+            num_cached_tokens=self.num_cached_tokens,
+            **further,
+        )
+
+
+def held_back(text: str, stops: Sequence[str]) -> int:
+    """Length of the longest end of `text` that is the beginning of a stop string."""
+    longest = 0
+    for stop in stops:
+        for size in range(min(len(stop) - 1, len(text)), longest, -1):
+            if text.endswith(stop[:size]):
+                longest = size
+                break
+    return longest

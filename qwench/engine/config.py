@@ -1,0 +1,59 @@
+"""Settings of the engine. None means: decided at start from the model and the measured memory, and printed."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from qwench.config import config
+
+
+@config
+class EngineConfig:
+    max_len: int | None = None
+    """Longest prompt plus answer, in tokens; the model's own context by default."""
+    max_seqs: int | None = None
+    """Sequences that run at the same time; 1024 on a GPU, 16 on a CPU."""
+    max_step_tokens: int | None = None
+    """Tokens of one forward pass. Longer prompts are read in chunks; 16,384 on a GPU, 1,024 on a CPU."""
+    block_size: int = 16
+    """Positions in one block of the key/value cache."""
+    memory_fraction: float = 0.9
+    """Share of the device's memory that weights, activations and cache may fill together (on a CPU: of what is free)."""
+    cache_tokens: int | None = None
+    """Size of the key/value cache in tokens; by default what the measured free memory holds."""
+    cache_dtype: Literal["auto", "fp8"] = "auto"
+    """Numbers in the cache: the activations' own, or 8-bit floats (half the memory, slightly different answers)."""
+    prefix_caching: bool = True
+    """Keep the blocks of finished prompts, and reuse them for prompts that begin alike."""
+    cuda_graphs: bool = True
+    """Replay recorded decoding steps instead of launching each kernel."""
+    decode_steps: int = 8
+    """Decoding steps launched between two looks of the host, at most; short steps profit."""
+    overlap: bool = True
+    """Launch the next step before the tokens of the last one are read."""
+    compile: bool = False
+    """Compile the model's blocks for prefill with torch.compile: about a minute at start."""
+    deterministic: bool = False
+    """Batch-invariant kernels: an answer does not depend on what else is served. Costs speed; GPU only."""
+    speculate: Literal["off", "ngram", "draft"] = "off"
+    """Propose tokens and check several in one pass: from repetitions in the text, or with a small draft model."""
+    draft_model: str | None = None
+    """Checkpoint of the draft model (speculate=draft); it must share the tokenizer."""
+    draft_tokens: int = 4
+    """Tokens proposed at a time."""
+    tensor_parallel: int = 1
+    """GPUs that share the model."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.memory_fraction <= 1:
+            raise ValueError(f"memory_fraction is {self.memory_fraction}; give a number in (0, 1]")
+        for name in ("max_len", "max_seqs", "max_step_tokens", "block_size", "cache_tokens", "decode_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; give at least 1")
+        if not 1 <= self.draft_tokens <= 15:
+            raise ValueError(f"draft_tokens is {self.draft_tokens}; give 1 to 15")
+        if self.speculate == "draft" and self.draft_model is None:
+            raise ValueError("speculate=draft needs draft_model, the path of a small model of the same family")
+        if self.tensor_parallel < 1:
+            raise ValueError(f"tensor_parallel is {self.tensor_parallel}; give at least 1")

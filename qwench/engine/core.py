@@ -1,0 +1,181 @@
+"""The engine's loop on one thread: plan a step, launch it, and while the device works, read what came before.
+
+    core.add(sequence); while core.has_work: core.step()
+
+With overlap the device is always one launch ahead: a sequence that has just ended may compute once more for nothing,
+and what it draws then is thrown away.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from qwench.engine.blocks import BlockPool
+from qwench.engine.config import EngineConfig
+from qwench.engine.draw import Extras, mode_of, needs_host
+from qwench.engine.runner import Flight, Pending, Runner
+from qwench.engine.scheduler import NeedsDrain, Scheduler, Step
+from qwench.engine.sequence import Sequence
+from qwench.ops.dispatch import batch_invariance
+
+class Core:
+    def __init__(self, runner: Runner, pool: BlockPool, config: EngineConfig, max_seqs: int, max_step_tokens: int) -> None:
+        self.runner, self.pool, self.config = runner, pool, config
+        self.scheduler = Scheduler(
+            pool, max_seqs, max_step_tokens, config.decode_steps, deterministic=config.deterministic
+        )
+        self.num_generated = 0
+        self._flight: Flight | None = None
+        self._placed: dict[int, int] = {}
+        """Admission -> row, as the device knows them."""
+
+    @property
+    def has_work(self) -> bool:
+        return self._flight is not None or self.scheduler.has_work
+
+    def add(self, sequence: Sequence) -> None:
+        self.scheduler.add(sequence)
+
+    def abort(self, sequence: Sequence) -> None:
+        """End a sequence at once and free its blocks."""
+        if not sequence.is_finished:
+            sequence.answer.abort()
+            self._leave(sequence)
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Launch one step, and read the one before (or the same, without overlap)."""
+        with batch_invariance(self.config.deterministic):
+            planned = self._plan()
+            before, self._flight = self._flight, None
+            if planned is not None:
+                self._place()
+                self._flight, before = self._launch(planned, before)
+            if before is not None:
+                self._read(before)
+            if not self.config.overlap or not self.runner.on_gpu:
+                self._drain()
+
+    def _plan(self) -> Step | None:
+        try:
+            return self.scheduler.plan(in_flight=self._flight is not None, max_steps=self._max_steps())
+        except NeedsDrain:
+            self._drain()
+            return self.scheduler.plan(in_flight=False, max_steps=self._max_steps())
+
+    def _max_steps(self) -> int:
+        return 1 if any(needs_host(s.params) for s in self.scheduler.running) else self.config.decode_steps
+
+    def _drain(self) -> None:
+        if self._flight is not None:
+            flight, self._flight = self._flight, None
+            self._read(flight)
+
+    # ---------------------------------------------------------------------------------------------------- launching
+    def _place(self) -> None:
+        """Tell the device which rows have left, which have come, and which have gained blocks."""
+        runner, running = self.runner, self.scheduler.running
+        present = {s.admission: s.slot for s in running}
+        runner.rows.retire([slot for admission, slot in self._placed.items() if admission not in present])
+        arrived = [s for s in running if s.admission not in self._placed]
+        if arrived:
+            runner.admit(arrived)
+        if runner.wants_compact(1 + max(present.values()), len(running)):
+            runner.move(self.scheduler.compact())
+        self._placed = {s.admission: s.slot for s in running}
+        runner.rows.extend(running)
+
+    def _launch(self, step: Step, before: Flight | None) -> tuple[Flight, Flight | None]:
+        """The step's flight, and the earlier flight if it is still unread."""
+        runner, everyone = self.runner, step.decodes + [s for s, _, _ in step.chunks]
+        mode = mode_of(s.params for s in everyone)
+        special = any(needs_host(s.params) for s in everyone)
+        if not step.chunks and not special:
+            return runner.decode(step, mode), before
+        pending = runner.forward_mixed(step) if step.chunks else runner.forward_decode(step)
+        extras = None
+        if special:
+            if before is not None:  # grammars must know the last tokens; the device computes logits meanwhile
+                self._read(before)
+                before = None
+            extras = self._extras(pending)
+        return runner.draw(pending, mode, extras), before
+
+    def _extras(self, pending: Pending) -> Extras:
+        extras = Extras()
+        constrained: list[tuple[int, Sequence]] = []
+        for row, sequence in enumerate(pending.sequences):
+            params = sequence.params
+            if sequence.is_finished:
+                continue
+            extras.edits += [(row, token, value) for token, value in params.logit_bias.items()]
+            if sequence.num_launched <= params.min_tokens and params.min_tokens:
+                extras.edits += [(row, token, float("-inf")) for token in sequence.answer.ends]
+            extras.num_top = max(extras.num_top, params.top_logprobs)
+            if sequence.matcher is not None:
+                constrained.append((row, sequence))
+        if constrained:
+            extras.masked = [row for row, _ in constrained]
+            extras.masks = self._masks([sequence for _, sequence in constrained])
+        return extras
+
+    def _masks(self, sequences: list[Sequence]) -> np.ndarray:
+        """What each grammar allows next, [sequences, V / 32] int32. One that fails ends its sequence only."""
+        from qwench.engine.grammar import fill_masks  # llguidance is loaded when the first grammar comes
+
+        masks = np.zeros((len(sequences), -(-self.runner.model.config.vocab_size // 32)), np.int32)
+        matchers = [sequence.matcher for sequence in sequences if sequence.matcher is not None]
+        try:
+            fill_masks(matchers, list(masks))
+        except ValueError:
+            for sequence, matcher, mask in zip(sequences, matchers, masks, strict=True):
+                try:
+                    matcher.fill_mask(mask)
+                except ValueError as error:
+                    mask[:] = -1
+                    self.fail(sequence, error)
+        return masks
+
+    # ------------------------------------------------------------------------------------------------------ reading
+    def _read(self, flight: Flight) -> None:
+        """Hand the tokens of a flight to their answers."""
+        tokens, logprobs = flight.wait()
+        for sequence, values in flight.prompt_logprobs:
+            known = sequence.answer.prompt_logprobs = sequence.answer.prompt_logprobs or [None]
+            known.extend(values.tolist())
+        top = (flight.top[0].tolist(), flight.top[1].tolist()) if flight.top is not None else None
+        for column, sequence in flight.columns:
+            if sequence.is_finished:
+                continue
+            num_before = len(sequence.outputs)
+            for line, values in zip(tokens, logprobs, strict=True):
+                if sequence.num_to_skip:
+                    sequence.num_to_skip -= 1
+                    continue
+                best = None
+                if sequence.params.top_logprobs and top is not None:
+                    count = sequence.params.top_logprobs
+                    best = dict(zip(top[0][column][:count], top[1][column][:count], strict=True))
+                if sequence.matcher is not None:
+                    sequence.matcher.consume(line[column])
+                if sequence.answer.push(line[column], values[column], best):
+                    break
+            self.num_generated += len(sequence.outputs) - num_before
+            if sequence.is_finished:
+                self._leave(sequence)
+            elif sequence.sink is not None and len(sequence.outputs) > num_before:
+                sequence.sink(sequence.answer.take())
+
+    def _leave(self, sequence: Sequence) -> None:
+        self.scheduler.finish(sequence)
+        if sequence.sink is not None:
+            sequence.sink(sequence.answer.take())
+        sequence.on_end()
+
+    def fail(self, sequence: Sequence, failure: Exception) -> None:
+        """End one sequence with an error; the others go on."""
+        sequence.answer.abort()
+        sequence.sink = None
+        self.scheduler.finish(sequence)
+        sequence.on_failure(failure)

@@ -1,0 +1,103 @@
+"""From a step's logits to its tokens: penalties, edits, grammar masks, then the draw of `ops.sampling`.
+
+The order is that of `SamplingParams`. What the rows of a step need decides its `Mode`, a part of the key of recorded
+graphs; what only the host can know (biases, bans, grammars) comes as `Extras`.
+
+Shape suffixes: B rows of the step, V vocabulary rows, R rows of the engine's state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qwench.engine.rows import RowState
+from qwench.ops.sampling import SamplingRows, add_bias_, count_, mask_, penalise, sample, uses_filters
+from qwench.types import SamplingParams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mode:
+    """What the device must do for the rows of a step."""
+
+    filtered: bool = False
+    """Some row uses top-k, top-p or min-p."""
+    penalised: bool = False
+    """Some row uses a repetition, presence or frequency penalty."""
+
+
+@dataclass(slots=True)
+class Extras:
+    """What the host adds to one step."""
+
+    edits: list[tuple[int, int, float]] = field(default_factory=list)
+    """(row of the step, token, number added to its logit)."""
+    masks: np.ndarray | None = None
+    """[rows of `masked`, ceil(V / 32)] int32: bit set = allowed."""
+    masked: list[int] = field(default_factory=list)
+    num_top: int = 0
+
+
+def is_penalised(params: SamplingParams) -> bool:
+    return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
+
+
+def needs_host(params: SamplingParams) -> bool:
+    """Each token needs something from the host before it can be drawn, or more of the logits afterwards."""
+    return bool(params.logit_bias or params.min_tokens or params.grammar or params.top_logprobs)
+
+
+def mode_of(params: Iterable[SamplingParams]) -> Mode:
+    wishes = [(uses_filters(p), is_penalised(p)) for p in params]
+    return Mode(filtered=any(f for f, _ in wishes), penalised=any(p for _, p in wishes))
+
+
+def draw(
+    logits_BV: Tensor,
+    rows: RowState,
+    which: slice | Tensor,
+    mode: Mode,
+    counts_RV: Tensor | None,
+    vocab_size: int,
+    extras: Extras | None = None,
+    upload: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Tokens [B] int64 and the log-probabilities [B] fp32 that the model itself gives them.
+
+    `which` rows of the state the logits belong to. Without extras nothing here needs the host.
+    """
+    drawing = SamplingRows(
+        temperature=rows.temperature[which],
+        top_k=rows.top_k[which],
+        top_p=rows.top_p[which],
+        min_p=rows.min_p[which],
+        seeds=rows.seed[which],
+        steps=rows.step[which],
+        filtered=mode.filtered,
+        vocab_size=vocab_size,
+    )
+    slots_B = torch.arange(which.stop, device=logits_BV.device) if isinstance(which, slice) else which
+    changed_BV = logits_BV
+    if mode.penalised:
+        assert counts_RV is not None
+        penalties = rows.repetition[which], rows.presence[which], rows.frequency[which]
+        changed_BV = penalise(logits_BV, counts_RV, slots_B, *penalties)
+    if extras is not None and upload is not None and (extras.edits or extras.masked):
+        if changed_BV is logits_BV:
+            changed_BV = logits_BV.to(torch.float32, copy=True)
+        if extras.edits:
+            at, token, value = zip(*extras.edits, strict=True)
+            places = upload(torch.tensor([at, token]))
+            add_bias_(changed_BV, places[0], places[1], upload(torch.tensor(value, dtype=torch.float32)))
+        if extras.masks is not None:
+            everything = torch.full((changed_BV.shape[0], extras.masks.shape[1]), -1, dtype=torch.int32)
+            everything[extras.masked] = torch.from_numpy(extras.masks)
+            mask_(changed_BV, upload(everything))
+    tokens_B, logprobs_B = sample(changed_BV, drawing, None if changed_BV is logits_BV else logits_BV)
+    if mode.penalised and counts_RV is not None:
+        count_(counts_RV, slots_B, tokens_B)
+    return tokens_B, logprobs_B

@@ -1,0 +1,76 @@
+"""Recorded decoding steps: one CUDA graph per batch size of a ladder and kind of drawing, made when first wanted twice.
+
+The first step of a size runs as it is, so that an answer begins at once; the second is recorded (some tenths of a
+second), all later ones are replayed without launching their hundreds of kernels one by one.
+"""
+
+from __future__ import annotations
+
+import bisect
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from qwench.engine.draw import Mode
+
+if TYPE_CHECKING:
+    from qwench.engine.runner import Runner
+
+log = logging.getLogger("qwench.engine")
+
+
+def ladder(max_rows: int) -> list[int]:
+    """Batch sizes worth a graph: fine where a row more costs much, coarse above."""
+    sizes = [1, 2, 4, 8, 12, 16, 24, 32]
+    sizes += range(48, 129, 16)
+    sizes += range(160, 513, 32)
+    sizes += range(640, max_rows + 128, 128)
+    return sorted({min(size, max_rows) for size in sizes})
+
+
+class DecodeGraphs:
+    def __init__(self, runner: Runner) -> None:
+        self._runner = runner
+        self._sizes = ladder(runner.max_seqs)
+        self._graphs: dict[tuple[int, Mode | None], tuple[torch.cuda.CUDAGraph, Tensor | None]] = {}
+        self._seen: set[tuple[int, Mode | None]] = set()
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def size_for(self, num_rows: int) -> int:
+        return self._sizes[bisect.bisect_left(self._sizes, num_rows)]
+
+    def replay(self, num_rows: int, mode: Mode) -> bool:
+        """Replay a whole decoding step of at least `num_rows` rows; False while there is no graph for it yet."""
+        found = self._find(self.size_for(num_rows), mode)
+        if found is not None:
+            found[0].replay()
+        return found is not None
+
+    def replay_logits(self, num_rows: int) -> Tensor | None:
+        """Replay a decoding pass up to its logits [B, V], B >= num_rows, which the next replay overwrites."""
+        found = self._find(self.size_for(num_rows), None)
+        if found is None:
+            return None
+        found[0].replay()
+        return found[1]
+
+    def _find(self, size: int, mode: Mode | None) -> tuple[torch.cuda.CUDAGraph, Tensor | None] | None:
+        key = (size, mode)
+        if key not in self._graphs:
+            if key not in self._seen:
+                self._seen.add(key)
+                return None
+            self._graphs[key] = self._record(size, mode)
+        return self._graphs[key]
+
+    def _record(self, size: int, mode: Mode | None) -> tuple[torch.cuda.CUDAGraph, Tensor | None]:
+        log.info("recording a decoding step of %d rows (%s)", size, mode or "logits")
+        runner, graph, logits = self._runner, torch.cuda.CUDAGraph(), None
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            if mode is None:
+                logits = runner.decode_logits(size)
+            else:
+                runner.decode_step(size, mode)
+        return graph, logits

@@ -1,0 +1,294 @@
+"""The device's side of the engine: forward passes over prompts and answers, drawing tokens, recorded decoding steps.
+
+Everything is enqueued and nothing waited for: a `Flight` holds the tokens of steps that were launched, and reading it
+is the only wait. The host never needs the tokens to launch the next step, as `RowState` keeps them on the device.
+
+Shape suffixes: T tokens, D hidden size, B rows of the step, V vocabulary rows, S steps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qwench.engine.config import EngineConfig
+from qwench.engine.draw import Extras, Mode, draw, is_penalised
+from qwench.engine.graphs import DecodeGraphs
+from qwench.engine.rows import RowState
+from qwench.engine.scheduler import Step
+from qwench.engine.sequence import Sequence
+from qwench.model.decoder import CausalLM
+from qwench.ops.attention import AttnMeta, KVCache
+from qwench.ops.paging import advance, locate
+from qwench.ops.sampling import start_counts_
+
+RING = 64
+"""Decoding steps whose tokens the device keeps until the host has copied them."""
+LOGPROB_ROWS = 512
+"""Prompt rows whose logits exist at a time when their log-probabilities are asked for."""
+
+
+@dataclass(slots=True)
+class Flight:
+    """Tokens on their way: `tokens[s, column]` is the s-th of the sequence with that column."""
+
+    columns: list[tuple[int, Sequence]]
+    tokens: Tensor
+    logprobs: Tensor
+    event: torch.cuda.Event | None
+    top: tuple[Tensor, Tensor] | None = None
+    """Ids and log-probabilities [B, k] of the likeliest tokens."""
+    prompt_logprobs: list[tuple[Sequence, Tensor]] = field(default_factory=list)
+
+    def wait(self) -> tuple[list[list[int]], list[list[float]]]:
+        """Tokens and log-probabilities, step by step."""
+        if self.event is not None:
+            self.event.synchronize()
+        return self.tokens.tolist(), self.logprobs.tolist()
+
+
+@dataclass(slots=True)
+class Pending:
+    """Logits of a step whose tokens are not drawn yet; row i belongs to `sequences[i]`."""
+
+    logits_BV: Tensor
+    sequences: list[Sequence]
+    rows_B: Tensor
+    """The sequences' rows in `RowState`."""
+    positions: list[int]
+    """Of the tokens to be drawn."""
+    prompt_logprobs: list[tuple[Sequence, Tensor]]
+
+
+class Runner:
+    def __init__(self, model: CausalLM, config: EngineConfig, vocab_size: int, max_seqs: int, max_blocks: int) -> None:
+        """`vocab_size`: ids that may be drawn (the model may have more rows). `max_blocks`: of one sequence."""
+        self.model, self.config, self.vocab_size, self.max_seqs = model, config, vocab_size, max_seqs
+        self.device = model.model.embed_tokens.weight.device
+        self.on_gpu = self.device.type == "cuda"
+        self.block_size = config.block_size
+        self.rows = RowState(max_seqs, max_blocks, self.device)
+        self._cu_q = torch.arange(max_seqs + 1, dtype=torch.int32, device=self.device)
+        self.caches: list[KVCache] = []
+        self.counts_RV: Tensor | None = None
+        """How often each token stands in each row's answer, for penalties; made when first needed."""
+        self.ring_tokens = torch.zeros((RING, max_seqs), dtype=torch.int64, device=self.device)
+        self.ring_logprobs = torch.zeros((RING, max_seqs), dtype=torch.float32, device=self.device)
+        self.ring_at = torch.zeros(1, dtype=torch.int64, device=self.device)
+        self._ring_next = 0
+        self.graphs = DecodeGraphs(self) if self.on_gpu and config.cuda_graphs else None
+
+    # ------------------------------------------------------------------------------------------------------- rows
+    def admit(self, sequences: list[Sequence]) -> None:
+        self.rows.admit(sequences)
+        if penalised := [s for s in sequences if is_penalised(s.params)]:
+            self._count_known(penalised)
+
+    def _count_known(self, sequences: list[Sequence]) -> None:
+        if self.counts_RV is None:
+            shape = (self.max_seqs, self.model.config.vocab_size)
+            self.counts_RV = torch.zeros(shape, dtype=torch.int16, device=self.device)
+        for sequence in sequences:
+            answer = torch.tensor(sequence.outputs[: sequence.num_kept], dtype=torch.int64)
+            start_counts_(self.counts_RV, sequence.slot, self.upload(torch.tensor(sequence.prompt)), self.upload(answer))
+
+    def wants_compact(self, num_rows: int, num_live: int) -> bool:
+        """Whether decoding `num_live` sequences in the first `num_rows` rows wastes work."""
+        if self.graphs is not None:
+            return self.graphs.size_for(num_rows) > self.graphs.size_for(num_live)
+        return num_rows > num_live
+
+    def move(self, pairs: list[tuple[int, int]]) -> None:
+        """Move rows, see `RowState.move`."""
+        if not pairs:
+            return
+        if self.counts_RV is not None:
+            sources, targets = (list(side) for side in zip(*pairs, strict=True))
+            self.counts_RV[targets] = self.counts_RV[sources]
+        self.rows.move(pairs)
+
+    # ----------------------------------------------------------------------------------------------------- forward
+    def forward_mixed(self, step: Step) -> Pending:
+        """One pass over prompt chunks and single decoding rows, up to the logits of those that can draw."""
+        size = self.block_size
+        decodes, chunks = step.decodes, step.chunks
+        num_decodes = len(decodes)
+        starts = [s.num_computed - 1 for s in decodes] + [start for _, start, _ in chunks]
+        counts = [1] * num_decodes + [count for _, _, count in chunks]
+        sequences = decodes + [s for s, _, _ in chunks]
+        cu_q = np.concatenate(([0], np.cumsum(counts)))
+        positions = np.concatenate([np.arange(a, a + n) for a, n in zip(starts, counts, strict=True)])
+        slots = np.concatenate(
+            [
+                np.asarray(s.blocks, np.int64)[np.arange(a, a + n) // size] * size + np.arange(a, a + n) % size
+                for s, a, n in zip(sequences, starts, counts, strict=True)
+            ]
+        )
+        known = [np.asarray(s.known_tokens()[a : a + n], np.int64) for s, a, n in chunks]
+        tokens = np.concatenate([np.zeros(num_decodes, np.int64), *known])
+        lens = np.add(starts, counts)
+        width = -(-int(lens.max()) // size)
+        slot_rows = np.array([s.slot for s in sequences])
+        packed = torch.from_numpy(np.concatenate([tokens, positions, slots, cu_q, lens, slot_rows]))
+        on_device = self.upload(packed)
+        num_tokens, num_seqs = len(tokens), len(sequences)
+        tokens_T, positions_T, slots_T, cu, lens_k, rows_B = on_device.split(
+            [num_tokens, num_tokens, num_tokens, num_seqs + 1, num_seqs, num_seqs]
+        )
+        if num_decodes:
+            tokens_T[:num_decodes] = self.rows.last_token[rows_B[:num_decodes]]
+        meta = AttnMeta(
+            cu_q=cu.int(),
+            max_q=max(counts),
+            lens_k=lens_k.int(),
+            max_k=int(lens.max()),
+            block_table=self.rows.table[rows_B, :width],
+            slots=slots_T,
+            num_decodes=num_decodes,
+            history=any(start > 0 for _, start, _ in chunks),
+        )
+        hidden_TD = self.model(tokens_T, positions_T, meta, self.caches)
+        ready = list(range(num_decodes)) + [num_decodes + i for i, (s, _, _) in enumerate(chunks) if not s.is_prefilling]
+        last = cu_q[1:] - 1
+        chosen = self.upload(torch.from_numpy(np.concatenate([last[ready], slot_rows[ready]]).astype(np.int64)))
+        last_B, rows_B = chosen.chunk(2)
+        logits_BV = self.model.lm_head(hidden_TD[last_B])
+        return Pending(
+            logits_BV=logits_BV,
+            sequences=[sequences[i] for i in ready],
+            rows_B=rows_B,
+            positions=[int(starts[i] + counts[i]) for i in ready],
+            prompt_logprobs=self._prompt_logprobs(chunks, hidden_TD[num_decodes:]),
+        )
+
+    def _prompt_logprobs(self, chunks: list[tuple[Sequence, int, int]], hidden_TD: Tensor) -> list[tuple[Sequence, Tensor]]:
+        """Log-probability of each prompt token that the rows of this step predict."""
+        found: list[tuple[Sequence, Tensor]] = []
+        at = 0
+        for sequence, start, count in chunks:
+            first, stop = max(start, sequence.num_scored), min(start + count, len(sequence.prompt) - 1)
+            if sequence.params.prompt_logprobs and first < stop:
+                targets = self.upload(torch.tensor(sequence.prompt[first + 1 : stop + 1]))
+                rows_ND = hidden_TD[at + first - start : at + stop - start]
+                for part, wanted in zip(rows_ND.split(LOGPROB_ROWS), targets.split(LOGPROB_ROWS), strict=True):
+                    logprobs_NV = self.model.head(part).log_softmax(-1)
+                    found.append((sequence, self.download(logprobs_NV.gather(1, wanted[:, None])[:, 0])))
+                sequence.num_scored = stop
+            at += count
+        return found
+
+    def decode_logits(self, num_rows: int) -> Tensor:
+        """One decoding pass of the first rows of `RowState`, live or not; logits [B, V]."""
+        rows = self.rows
+        table = rows.table[:num_rows]
+        slots, lens = locate(rows.position[:num_rows], rows.live[:num_rows], table, self.block_size)
+        meta = AttnMeta(
+            cu_q=self._cu_q[: num_rows + 1],
+            max_q=1,
+            lens_k=lens,
+            max_k=self.rows.width * self.block_size,
+            block_table=table,
+            slots=slots,
+            num_decodes=num_rows,
+        )
+        hidden_BD = self.model(rows.last_token[:num_rows], rows.position[:num_rows], meta, self.caches)
+        return self.model.lm_head(hidden_BD)
+
+    def decode_step(self, num_rows: int, mode: Mode) -> None:
+        """One decoding pass that draws and moves every live row on; the tokens go to the ring."""
+        rows = self.rows
+        logits_BV = self.decode_logits(num_rows)
+        tokens_B, logprobs_B = draw(logits_BV, rows, slice(0, num_rows), mode, self.counts_RV, self.vocab_size)
+        advance(
+            tokens_B, logprobs_B, rows.last_token[:num_rows], rows.position[:num_rows], rows.step[:num_rows],
+            rows.live[:num_rows], self.ring_tokens, self.ring_logprobs, self.ring_at,
+        )  # fmt: skip
+
+    # ----------------------------------------------------------------------------------------------------- launches
+    def decode(self, step: Step, mode: Mode) -> Flight:
+        """Launch `step.num_steps` decoding steps of sequences without special wishes."""
+        num_rows = 1 + max(s.slot for s in step.decodes)
+        if self._ring_next + step.num_steps > RING:
+            self.ring_at.zero_()
+            self._ring_next = 0
+        first = self._ring_next
+        for _ in range(step.num_steps):
+            if self.graphs is None or not self.graphs.replay(num_rows, mode):
+                self.decode_step(num_rows, mode)
+        self._ring_next += step.num_steps
+        part = slice(first, self._ring_next)
+        return Flight(
+            columns=[(s.slot, s) for s in step.decodes],
+            tokens=self.download(self.ring_tokens[part, :num_rows]),
+            logprobs=self.download(self.ring_logprobs[part, :num_rows]),
+            event=self.record(),
+        )
+
+    def forward_decode(self, step: Step) -> Pending:
+        """One decoding pass up to the logits, for sequences whose drawing needs the host."""
+        num_rows = 1 + max(s.slot for s in step.decodes)
+        logits_BV = self.graphs.replay_logits(num_rows) if self.graphs is not None else None
+        if logits_BV is None:
+            logits_BV = self.decode_logits(num_rows)
+        rows_B = self.upload(torch.tensor([s.slot for s in step.decodes]))
+        if len(step.decodes) < logits_BV.shape[0]:
+            logits_BV = logits_BV[rows_B]
+        positions = [s.num_computed for s in step.decodes]
+        return Pending(logits_BV, step.decodes, rows_B, positions, [])
+
+    def draw(self, pending: Pending, mode: Mode, extras: Extras | None = None) -> Flight:
+        """Draw the tokens of a step's logits and note them in the sequences' rows."""
+        if not pending.sequences:
+            empty = torch.zeros((1, 0))
+            return Flight([], empty.long(), empty, self.record(), None, pending.prompt_logprobs)
+        rows, rows_B = self.rows, pending.rows_B
+        numbers = torch.tensor([pending.positions, [s.num_launched - 1 for s in pending.sequences]])
+        positions_B, steps_B = self.upload(numbers)
+        rows.step.index_copy_(0, rows_B, steps_B)
+        top = None
+        if extras is not None and extras.num_top:
+            values, ids = pending.logits_BV.float().log_softmax(-1).topk(extras.num_top)
+            top = (self.download(ids), self.download(values))
+        tokens_B, logprobs_B = draw(
+            pending.logits_BV, rows, rows_B, mode, self.counts_RV, self.vocab_size, extras, self.upload
+        )
+        rows.last_token.index_copy_(0, rows_B, tokens_B)
+        rows.position.index_copy_(0, rows_B, positions_B)
+        rows.step.index_copy_(0, rows_B, steps_B + 1)
+        rows.live.index_fill_(0, rows_B, 1)
+        return Flight(
+            columns=list(enumerate(pending.sequences)),
+            tokens=self.download(tokens_B[None]),
+            logprobs=self.download(logprobs_B[None]),
+            event=self.record(),
+            top=top,
+            prompt_logprobs=pending.prompt_logprobs,
+        )
+
+    # --------------------------------------------------------------------------------------------------- transfers
+    def upload(self, values: Tensor) -> Tensor:
+        return self.rows.upload(values)
+
+    def download(self, values: Tensor) -> Tensor:
+        """A host copy that is complete when an event recorded later has passed."""
+        if not self.on_gpu:
+            return values.clone()
+        out = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        return out.copy_(values, non_blocking=True)
+
+    def record(self) -> torch.cuda.Event | None:
+        if not self.on_gpu:
+            return None
+        event = torch.cuda.Event()
+        event.record()
+        return event
+
+    def rehearse(self, num_tokens: int) -> None:
+        """The largest step there can be, without a cache, so that its memory can be measured."""
+        tokens_T = torch.zeros(num_tokens, dtype=torch.int64, device=self.device)
+        hidden_TD = self.model(tokens_T, torch.arange(num_tokens, device=self.device), AttnMeta.packed([num_tokens], self.device))
+        num_rows = min(self.max_seqs, num_tokens)
+        draw(self.model.lm_head(hidden_TD[:num_rows]), self.rows, slice(0, num_rows), Mode(filtered=True), None, self.vocab_size)

@@ -1,0 +1,162 @@
+"""A linear layer with what stands around it in a Qwen block: RMSNorm before, SwiGLU or a residual sum after.
+
+    linear(x, qkv_weight, qkv_bias, norm=(norm_weight, eps))
+    linear(x, o_weight, residual=x0)
+    linear(x, gate_up_weight, norm=(norm_weight, eps), swiglu=True)
+
+* "reference" composes `rms_norm`, `F.linear`, `swiglu` and an addition: differentiable, every dtype, the CPU path.
+* "fused" is for inference in half precision on a GPU. One token: one Triton kernel for all of it. A few
+  tokens: a norm kernel and Triton's tensor-core kernel. More: cuBLAS between Triton's row kernels. Whatever needs a
+  gradient, fp32 or mixed dtypes goes to the composition. No host synchronisation: it can be captured.
+* "invariant" (forced, or within `dispatch.batch_invariance`): one tile shape and one order of sums for any number of
+  tokens, so that the bits of a row depend on the row alone. Slower; no gradient.
+
+The fused kernels keep fp32 from the product to the one rounding of the result; the composition rounds at every step.
+
+Shape suffixes: T tokens, D inputs, N outputs, F = N / 2.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from qwench.ops import triton_launch
+from qwench.ops.dispatch import Implementation, Operation, batch_invariant
+from qwench.ops.norm import rms_norm
+from qwench.ops.swiglu import swiglu as swiglu_op
+
+FEW_TOKENS = 16
+"""Most tokens for which Triton's tensor-core kernel is used instead of cuBLAS."""
+
+
+def linear(
+    x_TD: Tensor,
+    weight_ND: Tensor,
+    bias_N: Tensor | None = None,
+    *,
+    norm: tuple[Tensor, float] | None = None,
+    swiglu: bool = False,
+    residual: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """[T, N], or [T, F] with `swiglu`, in `out_dtype` (None: x's dtype).
+
+    In this order: RMSNorm of x where `norm` = (weight [D], eps) is given; the product with weight.T and the bias;
+    silu(first half) * second half where `swiglu` (the weight is gate rows above up rows); `residual` added, of the
+    result's shape. Weights of another dtype are cast to x's. Leading dimensions of x other than one T are allowed.
+    Differentiable (not "invariant", which raises ValueError for inputs that need a gradient).
+    """
+    return LINEAR.choose(x_TD.device)(x_TD, weight_ND, bias_N, norm, swiglu, residual, out_dtype)
+
+
+def _reference(
+    x_TD: Tensor,
+    weight_ND: Tensor,
+    bias_N: Tensor | None,
+    norm: tuple[Tensor, float] | None,
+    swiglu: bool,
+    residual: Tensor | None,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
+    if norm is not None:
+        x_TD = rms_norm(x_TD, *norm)
+    bias_N = None if bias_N is None else bias_N.to(x_TD.dtype)
+    y_TN = F.linear(x_TD, weight_ND.to(x_TD.dtype), bias_N)
+    if swiglu:
+        y_TN = swiglu_op(y_TN)
+    if residual is not None:
+        y_TN = residual + y_TN
+    return y_TN if out_dtype is None else y_TN.to(out_dtype)
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Autograd would record an operation on these tensors."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _fused(
+    x_TD: Tensor,
+    weight_ND: Tensor,
+    bias_N: Tensor | None,
+    norm: tuple[Tensor, float] | None,
+    swiglu: bool,
+    residual: Tensor | None,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
+    norm_weight = None if norm is None else norm[0]
+    if batch_invariant() and not needs_grad(x_TD, weight_ND, bias_N, norm_weight, residual):
+        return _invariant(x_TD, weight_ND, bias_N, norm, swiglu, residual, out_dtype)
+    suits = (
+        x_TD.dtype in (torch.float16, torch.bfloat16)
+        and weight_ND.dtype == x_TD.dtype
+        and x_TD.ndim == 2
+        and x_TD.stride(1) == weight_ND.stride(1) == 1
+        and not needs_grad(x_TD, weight_ND, bias_N, norm_weight, residual)
+    )
+    if not suits:
+        return _reference(x_TD, weight_ND, bias_N, norm, swiglu, residual, out_dtype)
+    num_tokens = x_TD.shape[0]
+    if num_tokens <= FEW_TOKENS:
+        from qwench.ops import linear_triton
+
+        if num_tokens == 1:
+            return linear_triton.gemv(
+                x_TD, weight_ND, bias_N, norm=norm, swiglu=swiglu, residual_1N=residual, out_dtype=out_dtype
+            )
+        x_TD = x_TD if norm is None else rms_norm(x_TD, *norm)
+        return linear_triton.matmul(x_TD, weight_ND, bias_N, swiglu=swiglu, residual_TN=residual, out_dtype=out_dtype)
+    x_TD = x_TD if norm is None else rms_norm(x_TD, *norm)
+    plain = bias_N is None and not swiglu
+    if plain and residual is not None and residual.dtype == x_TD.dtype:
+        y_TN = torch.addmm(residual, x_TD, weight_ND.t())  # the sum is part of cuBLAS's epilogue, in fp32
+        return y_TN if out_dtype is None else y_TN.to(out_dtype)
+    if plain and residual is None and out_dtype == torch.float32 and x_TD.is_cuda:
+        return torch.mm(x_TD, weight_ND.t(), out_dtype=torch.float32)
+    return _reference(x_TD, weight_ND, bias_N, None, swiglu, residual, out_dtype)
+
+
+def _invariant(
+    x_TD: Tensor,
+    weight_ND: Tensor,
+    bias_N: Tensor | None,
+    norm: tuple[Tensor, float] | None,
+    swiglu: bool,
+    residual: Tensor | None,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
+    if needs_grad(x_TD, weight_ND, bias_N, None if norm is None else norm[0], residual):
+        raise ValueError("ops.linear=invariant computes no gradient; use torch.no_grad() or ops.linear=reference")
+    if x_TD.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise ValueError(f"ops.linear=invariant got {x_TD.dtype}; give float16, bfloat16 or float32")
+    from qwench.ops import elementwise_triton, linear_triton
+
+    x_TD = x_TD if norm is None else elementwise_triton.rms_norm(x_TD, *norm)
+    rows_TD = x_TD.reshape(-1, x_TD.shape[-1])
+    rows_TD = rows_TD if rows_TD.stride(1) == 1 else rows_TD.contiguous()
+    residual_TN = None if residual is None else residual.reshape(rows_TD.shape[0], -1)
+    fp32 = x_TD.dtype == torch.float32
+    y_TN = linear_triton.matmul(
+        rows_TD,
+        weight_ND.to(x_TD.dtype).contiguous(),
+        bias_N,
+        residual_TN=None if swiglu else residual_TN,
+        out_dtype=x_TD.dtype if swiglu else out_dtype,
+        config=linear_triton.INVARIANT_FP32 if fp32 else linear_triton.INVARIANT,
+    )
+    if swiglu:
+        y_TN = elementwise_triton.swiglu(y_TN)
+        y_TN = y_TN if residual_TN is None else residual_TN + y_TN
+        y_TN = y_TN if out_dtype is None else y_TN.to(out_dtype)
+    return y_TN.reshape(*x_TD.shape[:-1], -1)
+
+
+LINEAR = Operation(
+    "linear",
+    [
+        Implementation("fused", _fused, triton_launch.runs_triton),
+        Implementation("invariant", _invariant, triton_launch.runs_triton),
+        Implementation("reference", _reference),
+    ],
+)

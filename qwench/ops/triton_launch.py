@@ -1,0 +1,57 @@
+"""Whether Triton kernels run on a device, and how they are launched there: the one place that asks.
+
+Triton is optional. It runs on CUDA devices, and on the CPU in Triton's own interpreter when TRITON_INTERPRET=1 is set
+before Triton is first imported (slow; for tests). Kernels lie in `*_triton.py` files, which only code behind
+`runs_triton` imports.
+
+Programmatic dependent launch (compute capability 9 and later): a kernel may start while the one before it in the
+stream still runs, and waits (`gdc_wait`) before it touches what others write. Every kernel launched so keeps four
+rules, because "the one before" may itself have started early and still be waiting for its predecessor:
+
+1. every program executes `gdc_wait` exactly once, also one with nothing to do;
+2. before the wait it reads nothing but constants: weights, frequencies, never activations, positions or caches;
+3. before the wait it writes nothing (an earlier kernel may still read the buffer);
+4. `gdc_launch_dependents` may come at any point, as the next kernel's own wait covers this one's completion.
+
+A kernel launched in the ordinary way before or after such a chain needs no care: it starts when the chain is done.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from typing import Any
+
+import torch
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Kernels run in Triton's interpreter on the CPU."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def runs_triton(device: torch.device) -> bool:
+    """Triton is installed and runs kernels on tensors of `device`."""
+    return _installed() and (interpreted() if device.type == "cpu" else device.type == "cuda" and _capable(device))
+
+
+@functools.cache
+def _capable(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@functools.cache
+def dependent_launch(device: torch.device) -> bool:
+    """Kernels on `device` are launched with programmatic dependent launch: the kernels' USE_PDL."""
+    return device.type == "cuda" and not interpreted() and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def options(pdl: bool) -> dict[str, Any]:
+    """Further launch options of a kernel whose USE_PDL is `pdl`; the interpreter does not know `launch_pdl`."""
+    return {"launch_pdl": True} if pdl else {}
