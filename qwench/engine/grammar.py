@@ -1,8 +1,8 @@
 """Constrained decoding: which tokens may come next so that an answer follows a grammar. [llguidance]
 
-llguidance holds the automata; this file gives it our vocabulary, keeps compiled grammars, and ends an answer whose masks
-become too expensive. It does not sample and knows nothing of the model. `grammar_source.py` prepares grammars and bounds
-their compilation; `tool_grammar.py` writes those of tool calls.
+llguidance holds the automata; this file gives it our vocabulary, keeps compiled grammars, and ends an answer whose
+masks become too expensive. It does not sample and knows nothing of the model. `grammar_source.py` prepares grammars and
+bounds their compilation; `tool_grammar.py` writes those of tool calls.
 """
 
 from __future__ import annotations
@@ -124,8 +124,8 @@ class GrammarCompiler:
     def compile(self, grammar: Grammar) -> Matcher:
         """A matcher at the beginning of the grammar. Raises GrammarError (a ValueError) if it is invalid or expensive.
 
-        May take up to two seconds for a hostile grammar, some milliseconds for a usual new one, microseconds for a known
-        one; Python's lock is free meanwhile. Call it where waiting is no harm, not in the engine's loop.
+        Takes some milliseconds for a usual new grammar, microseconds for a known one, at most about two seconds for a
+        hostile one; Python's lock is free meanwhile. Call it where waiting does no harm, not in the engine's loop.
         """
         with self._lock:
             known = self._compiled.get(grammar)
@@ -187,9 +187,9 @@ def _executor() -> LLExecutor:
 def fill_masks(matchers: Sequence[Matcher], rows: Sequence[np.ndarray] | np.ndarray) -> None:
     """The masks of a batch, on several threads with Python's lock free: rows[i], int32[num_words], for matcher i.
 
-    `rows` is best one array [>= len(matchers), num_words]. All matchers are of one compiler. Raises the first GrammarError
-    after every row was filled: `Matcher.error` says which failed, and their rows hold the end tokens alone. When a
-    batch takes long, the next is done one by one, so that the matcher at fault is found and ended.
+    `rows` is best one array [>= len(matchers), num_words]. All matchers are of one compiler. Raises the first
+    GrammarError after every row was filled: `Matcher.error` says which failed, and their rows hold the end tokens
+    alone. When a batch takes long, the next is done one by one, so that the matcher at fault is found and ended.
     """
     if not matchers:
         return

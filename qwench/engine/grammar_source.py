@@ -39,24 +39,6 @@ LIMITS = LLParserLimits(
 )
 _STACK_BYTES = 512 << 20
 """Compilation recurses over chains of rules and references: some 10 kB a link, and the text allows 20,000 links."""
-_MULTIPLE_OF = 100_000
-"""Largest multipleOf, decimal point and trailing zeros aside: its automaton has a state for each remainder."""
-COMPILE_BUDGET_S = 1.0
-MASK_BUDGET_S = 0.1
-"""Processor time of one mask; usual ones take far less than a millisecond."""
-
-_LIMITS = LLParserLimits(
-    initial_lexer_fuel=500_000,
-    step_lexer_fuel=100_000,
-    step_max_items=20_000,
-    max_lexer_states=50_000,  # some 1.5 kB each
-    max_grammar_size=50_000,
-    verbose_errors=False,
-)
-_STACK_BYTES = 512 << 20
-"""Compilation recurses over chains of rules and references: some 10 kB a link, and the text allows 20,000 links."""
-_SHARED_ABOVE_S = 0.1
-_MAX_GRAMMARS, _MAX_IDLE = 64, 32
 _MULTIPLE_OF = re.compile(r'"multipleOf"\s*:\s*([-+.\w]+)')
 
 

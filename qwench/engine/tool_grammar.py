@@ -1,7 +1,7 @@
 """Grammars of answers that may call tools, in each chat format's own syntax. [Qwen2.5 docs, Qwen-Agent]
 
-What `tokenizer/chat.py` writes and `tokenizer/replies.py` reads, as a grammar in llguidance's Lark. Free text is free until
-it opens a call; from there the call must have a known name and arguments that fit the tool's JSON schema, and the
+What `tokenizer/chat.py` writes and `tokenizer/replies.py` reads, as a grammar in llguidance's Lark. Free text is free
+until it opens a call; from there the call must have a known name and arguments that fit the tool's JSON schema, and the
 answer ends behind its calls. Nothing here runs a tool or reads its result.
 """
 
@@ -76,7 +76,7 @@ def _control(tokenizer: Tokenizer, name: str) -> str:
 
 
 def _flower(forced: bool, parallel: bool) -> list[str]:
-    """Behind its calls a model writes the mark of the result, where the program goes on; it may, and the answer ends."""
+    """Behind its calls a model writes the mark of the result, for the program to go on. It may; the answer ends there."""
     calls = 'call ("\\n✿FUNCTION✿" call)*' if parallel else "call"
     start = f'"✿FUNCTION✿" {calls} end?' if forced else f"free | head {calls} end?"
     free = [] if forced else ["free: /(?s:.*)/", "head[lazy]: /(?s:.*)✿FUNCTION✿/"]

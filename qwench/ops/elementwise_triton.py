@@ -101,12 +101,12 @@ def swiglu(gate_up: Tensor, pdl: bool | None = None) -> Tensor:
 
 
 @triton.jit
-def _rotate(first, second, position, inv_freq, dtype: Any) -> Any:
+def _rotate(first, second, position, inv_freq, dtype: tl.constexpr):
     """Both halves of rotated heads, rounded after each operation as tensors of `dtype` would be. Called after every
     load has been issued: sines of large angles take a while."""
     angles = position.to(tl.float32) * inv_freq
-    cos = tl.cos(angles).to(dtype).to(tl.float32)[None, :]
-    sin = tl.sin(angles).to(dtype).to(tl.float32)[None, :]
+    cos = tl.cos(angles).to(dtype).to(tl.float32)[None, :]  # pyright: ignore[reportArgumentType]
+    sin = tl.sin(angles).to(dtype).to(tl.float32)[None, :]  # pyright: ignore[reportArgumentType]
     rotated_first = (first * cos).to(dtype).to(tl.float32) - (second * sin).to(dtype).to(tl.float32)
     rotated_second = (second * cos).to(dtype).to(tl.float32) + (first * sin).to(dtype).to(tl.float32)
     return rotated_first.to(dtype), rotated_second.to(dtype)

@@ -65,7 +65,7 @@ async def chat_completions(service: Service, request: ChatRequest, life: Life) -
         grammar=grammar,
         vocab_size=engine.tokenizer.vocab_size,
     )
-    await check(engine, prompt, params, grammar_param if grammar else None)
+    await check(engine, prompt, params, n, grammar_param if grammar else None)
     jobs = [Job(prompt, one) for one in single_answers(params, n)]
     head = {
         "id": f"chatcmpl-{life.id.removeprefix('req_')}",

@@ -60,7 +60,7 @@ async def completions(service: Service, request: CompletionRequest, life: Life) 
             grammar=grammar,
             vocab_size=engine.tokenizer.vocab_size,
         )
-        await check(engine, ids, params, grammar_field(request) if grammar else None)
+        await check(engine, ids, params, n, grammar_field(request) if grammar else None)
         jobs += [Job(ids, one) for one in single_answers(params, n)]
     head = {
         "id": f"cmpl-{life.id.removeprefix('req_')}",

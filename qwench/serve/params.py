@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from qwench.engine import Engine
+from qwench.engine.grammar_source import BusyError
 from qwench.serve.errors import ApiError, context_length_error, value_error
 from qwench.serve.protocol import (
     ChatMessage,
@@ -136,15 +137,27 @@ def grammar_field(request: SamplingRequest) -> str | None:
     return next((name for name in names if getattr(request, name) is not None), None)
 
 
-async def check(engine: Engine, prompt: Sequence[int], params: SamplingParams, grammar_param: str | None) -> None:
-    """Ask the engine whether it can run this. A grammar takes time to compile, which must not hold up others."""
+async def check(
+    engine: Engine, prompt: Sequence[int], params: SamplingParams, n: int, grammar_param: str | None
+) -> None:
+    """Ask the engine whether it can run this. Raises ApiError.
+
+    A grammar may take a second to compile, which must not hold up others: it is done on another thread, once for each
+    of the `n` answers, and the engine then finds the compiled ones.
+    """
     try:
-        if params.grammar is None:
-            engine.validate(prompt, params)
-        else:
-            await asyncio.to_thread(engine.validate, prompt, params)
+        engine.validate(prompt, params)
+        if params.grammar is not None:
+            await asyncio.to_thread(_compile, engine, params.grammar, n)
+    except BusyError as error:
+        raise ApiError(503, str(error), param=grammar_param, headers={"retry-after": "1"}) from None
     except ValueError as error:
         raise value_error(str(error), grammar_param) from None
+
+
+def _compile(engine: Engine, grammar: Grammar, n: int) -> None:
+    held = [engine.grammars.compile(grammar) for _ in range(n)]
+    del held  # given back, for the engine to find
 
 
 async def off_loop(num_chars: int, work: Callable[[], T]) -> T:

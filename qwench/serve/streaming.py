@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
 from qwench.engine import Engine
-from qwench.serve.errors import ApiError, server_error
+from qwench.serve.errors import ApiError, server_error, value_error
 from qwench.serve.limits import LIFE, Life, sse
 from qwench.serve.metrics import Metrics
 from qwench.tokenizer import StreamDecoder, Tokenizer
@@ -91,7 +91,7 @@ async def _merged(
 async def _timed(engine: Engine, job: Job, metrics: Metrics, life: Life) -> AsyncGenerator[Chunk]:
     """The chunks of one answer, with their times noted."""
     last: float | None = None
-    async with aclosing(as_generator(engine.astream(job.prompt, job.params))) as chunks:
+    async with aclosing(_answer(engine, job)) as chunks:
         async for chunk in chunks:
             if chunk.completion is not None and chunk.completion.finish_reason == "abort":
                 raise ApiError(503, "the engine gave this answer up; send the request again")
@@ -104,10 +104,16 @@ async def _timed(engine: Engine, job: Job, metrics: Metrics, life: Life) -> Asyn
             yield chunk
 
 
-def as_generator(chunks: AsyncIterator[Chunk]) -> AsyncGenerator[Chunk]:
-    """`Engine.astream` promises an iterator that can be closed; this says so to the type checker."""
-    assert isinstance(chunks, AsyncGenerator)
-    return chunks
+async def _answer(engine: Engine, job: Job) -> AsyncGenerator[Chunk]:
+    chunks = engine.astream(job.prompt, job.params)
+    assert isinstance(chunks, AsyncGenerator)  # so it can be closed, which frees the cache
+    try:
+        async with aclosing(chunks):
+            async for chunk in chunks:
+                yield chunk
+    except ValueError as error:
+        # The engine's word for a request that cannot go on, such as a grammar that became too expensive on the way.
+        raise value_error(str(error)) from None
 
 
 async def complete(engine: Engine, jobs: Sequence[Job], metrics: Metrics, life: Life) -> list[Completion]:

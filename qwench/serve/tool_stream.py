@@ -68,11 +68,11 @@ class ToolCallStream:
     >>> [*stream.push('Hm.\\n<tool_call>\\n{"name": "now", "arguments": {}}\\n</tool_call>'), *stream.close()]
     [TextDelta('Hm.'), ToolCallStart(0, 'call_...', 'now'), ToolCallArguments(0, '{}')]
 
-    `constrained` says that a tool grammar held while the text was written: arguments then pass on as they come, and a call
-    cut off by the token limit keeps what there is of it. Without, text is held back from the first opening on, and
-    `parse_assistant` decides at the end. Either way the result is `parse_assistant`'s, but for three things that cannot be
-    taken back: blanks before the first content stay; content before a lone ✿RETURN✿ stays; what follows "Final Answer:"
-    is the answer. ReAct's thoughts are held back until a call or the final answer shows what they are.
+    `constrained` says that a tool grammar held while the text was written: arguments then pass on as they come, and a
+    call cut off by the token limit keeps what there is of it. Without, text is held back from the first opening on, and
+    `parse_assistant` decides at the end. Either way the result is `parse_assistant`'s, but for three things that cannot
+    be taken back: blanks before the first content stay; content before a lone ✿RETURN✿ stays; what follows the first
+    "Final Answer:" is the answer. ReAct's thoughts are held back until a call or the final answer shows what they are.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, constrained: bool = True) -> None:

@@ -18,7 +18,8 @@ QUESTION: list[Any] = [{"role": "user", "content": "What does len do?"}]
 def alone(running: Running, messages: Any = QUESTION, **params: Any) -> Completion:
     """The engine's answer to the same conversation."""
     prompt = running.engine.tokenizer.render(messages)
-    return running.engine.generate([prompt], SamplingParams(**({"temperature": 0, "max_tokens": 24} | params)))[0]
+    chosen: dict[str, Any] = {"temperature": 0, "max_tokens": 24} | params
+    return running.engine.generate([prompt], SamplingParams(**chosen))[0]
 
 
 def test_a_greedy_answer_is_the_engines(running: Running) -> None:
@@ -182,13 +183,13 @@ def test_further_fields_reach_the_engine(running: Running) -> None:
 
     def ask(**fields: Any) -> tuple[str, str]:
         extra = {name: fields.pop(name) for name in list(fields) if name in EXTRAS}
-        choice = client.chat.completions.create(
-            model=NAME, messages=QUESTION, **({"temperature": 0, "max_tokens": 12} | fields), extra_body=extra
-        ).choices[0]
+        chosen: dict[str, Any] = {"temperature": 0, "max_tokens": 12} | fields
+        choice = client.chat.completions.create(model=NAME, messages=QUESTION, extra_body=extra, **chosen).choices[0]
         return choice.message.content or "", choice.finish_reason
 
     first = alone(running, max_tokens=12).token_ids[0]
     banned = alone(running, max_tokens=12, logit_bias={first: -100.0})
+    assert first not in banned.token_ids
     assert ask(logit_bias={str(first): -100})[0] == banned.text
     assert ask(stop_token_ids=[first]) == ("", "stop")
     assert (

@@ -245,5 +245,6 @@ def test_a_stream_that_takes_too_long_ends_with_an_error(hasty: Running) -> None
     "wrong", [{"model_names": ()}, {"max_concurrent": 0}, {"request_timeout_s": 0}, {"drain_timeout_s": -1}]
 )
 def test_settings_that_cannot_be_are_refused(wrong: dict[str, Any]) -> None:
+    settings: dict[str, Any] = {"model_names": ("a",)} | wrong
     with pytest.raises(ValueError, match=next(iter(wrong))):
-        ServeConfig(**({"model_names": ("a",)} | wrong))
+        ServeConfig(**settings)

@@ -18,7 +18,8 @@ TEXT = "def bisect_left(a, x, lo=0"
 
 def alone(running: Running, prompt: str | list[int] = TEXT, **params: Any) -> Completion:
     ids = running.engine.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-    return running.engine.generate([ids], SamplingParams(**({"temperature": 0, "max_tokens": 16} | params)))[0]
+    chosen: dict[str, Any] = {"temperature": 0, "max_tokens": 16} | params
+    return running.engine.generate([ids], SamplingParams(**chosen))[0]
 
 
 # -------------------------------------------------------------------------------------------------- plain completions
