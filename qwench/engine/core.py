@@ -8,6 +8,8 @@ and what it draws then is thrown away.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import numpy as np
 import torch
 
@@ -17,7 +19,7 @@ from qwench.engine.draw import Extras, mode_of, needs_host
 from qwench.engine.runner import Flight, Pending, Runner
 from qwench.engine.scheduler import NeedsDrain, Scheduler, Step
 from qwench.engine.sequence import Sequence
-from qwench.ops.dispatch import batch_invariance
+from qwench.ops.dispatch import batch_invariant_kernels
 
 class Core:
     def __init__(self, runner: Runner, pool: BlockPool, config: EngineConfig, max_seqs: int, max_step_tokens: int) -> None:
@@ -46,7 +48,7 @@ class Core:
     @torch.inference_mode()
     def step(self) -> None:
         """Launch one step, and read the one before (or the same, without overlap)."""
-        with batch_invariance(self.config.deterministic):
+        with self._kernels():
             planned = self._plan()
             before, self._flight = self._flight, None
             if planned is not None:
@@ -56,6 +58,9 @@ class Core:
                 self._read(before)
             if not self.config.overlap or not self.runner.on_gpu:
                 self._drain()
+
+    def _kernels(self) -> AbstractContextManager[None]:
+        return batch_invariant_kernels() if self.config.deterministic else nullcontext()
 
     def _plan(self) -> Step | None:
         try:

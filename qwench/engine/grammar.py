@@ -7,8 +7,10 @@ bounds their compilation; `tool_grammar.py` writes those of tool calls.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -28,9 +30,8 @@ __all__ = ["GrammarCompiler", "GrammarError", "Matcher", "fill_masks", "tool_gra
 MASK_BUDGET_S = 0.1
 """Processor time of one mask; usual ones take far less than a millisecond."""
 _SHARED_ABOVE_S = 0.1
-_MAX_GRAMMARS, _MAX_IDLE = 64, 32
-_MAX_SPENT_TOKENS = 5000
-"""An automaton keeps the states that its answers visited; it is not used again after so many tokens."""
+"""A grammar that takes longer to compile has one automaton."""
+_MAX_GRAMMARS, _MAX_AUTOMATA, _MAX_AUTOMATON_TOKENS = 64, 8, 50_000
 
 
 class _Vocabulary:
@@ -56,18 +57,31 @@ class _Vocabulary:
         return [ranks[bytes([byte])] for byte in text.encode()]
 
 
-@dataclass
-class _Compiled:
-    """One grammar's matchers: those that nobody uses, or one that all are copied from.
+@dataclass(eq=False)
+class _Automaton:
+    """A compiled matcher at the beginning of its grammar. Copies of it share what was computed, and a lock."""
 
-    Copies share an automaton and its lock, so they wait for each other and fail together. That is for grammars which
-    take long to compile; of others each request has its own.
-    """
+    raw: LLMatcher
+    users: weakref.WeakSet[Matcher] = field(default_factory=weakref.WeakSet)
+    num_tokens: int = 0
+    """Consumed by all users: the states that they visited stay in memory."""
+
+
+@dataclass(eq=False)
+class _Compiled:
+    """A grammar's automata: one for every few answers that are being written, so that they need not wait."""
 
     lowered: str
-    shared: LLMatcher | None = None
-    idle: list[tuple[LLMatcher, int]] = field(default_factory=list)
-    """Matchers at the beginning, and how many tokens each has consumed in all."""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    automata: list[_Automaton] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def free(self) -> _Automaton | None:
+        """The automaton for another answer, or None if one more should be compiled."""
+        self.automata = [a for a in self.automata if a.num_tokens < _MAX_AUTOMATON_TOKENS]
+        best = min(self.automata, key=lambda automaton: len(automaton.users), default=None)
+        enough = len(self.automata) >= _MAX_AUTOMATA or self.seconds > _SHARED_ABOVE_S
+        return best if best is not None and (enough or not best.users) else None
 
 
 class GrammarCompiler:
@@ -129,47 +143,47 @@ class GrammarCompiler:
         """
         with self._lock:
             known = self._compiled.get(grammar)
-            if known is not None:
-                self._compiled.move_to_end(grammar)
-            if isinstance(known, GrammarError):
-                raise GrammarError(*known.args)
-            if known is not None and known.shared is not None:
-                return Matcher(self, grammar, known.shared.deep_copy())
-            if known is not None and known.idle:
-                matcher, spent = known.idle.pop()
-                return Matcher(self, grammar, matcher, known, spent)
-        lowered = known.lowered if known is not None else lower(grammar)
+            if known is None:
+                known = self._compiled[grammar] = _Compiled(lower(grammar))
+                while len(self._compiled) > _MAX_GRAMMARS:
+                    self._compiled.popitem(last=False)
+            self._compiled.move_to_end(grammar)
+        if isinstance(known, GrammarError):
+            raise GrammarError(*known.args)
+        with known.lock:
+            automaton = known.free()
+            if automaton is None:
+                automaton = _Automaton(self._build(grammar, known))
+                known.automata.append(automaton)
+            return Matcher(self, grammar, known, automaton)
+
+    def _build(self, grammar: Grammar, entry: _Compiled) -> LLMatcher:
         vocabulary = self.lltokenizer
+
+        def build() -> LLMatcher:
+            return LLMatcher(vocabulary, entry.lowered, limits=LIMITS, log_level=0)
+
         try:
-            matcher, seconds = compile_guarded(
-                lambda: LLMatcher(vocabulary, lowered, limits=LIMITS, log_level=0), grammar.kind
-            )
+            raw, entry.seconds = compile_guarded(build, grammar.kind)
         except BusyError:
             raise
         except GrammarError as error:
-            self._remember(grammar, error)
+            with self._lock:
+                self._compiled[grammar] = error
             raise
-        entry = _Compiled(lowered) if known is None else known
-        if seconds > _SHARED_ABOVE_S:
-            entry.shared = matcher
-            matcher = matcher.deep_copy()
-        self._remember(grammar, entry)
-        return Matcher(self, grammar, matcher, entry if entry.shared is None else None)
+        return raw
 
-    def _remember(self, grammar: Grammar, found: _Compiled | GrammarError) -> None:
+    def rebuild(self, grammar: Grammar, entry: _Compiled) -> LLMatcher | None:
+        """A matcher that shares nothing, after the shared one failed; None where that costs too much."""
         with self._lock:
-            self._compiled[grammar] = found
-            self._compiled.move_to_end(grammar)
-            while len(self._compiled) > _MAX_GRAMMARS:
-                self._compiled.popitem(last=False)
-
-    def forget(self, grammar: Grammar) -> None:
-        with self._lock:
-            self._compiled.pop(grammar, None)
-
-    def take_back(self, matcher: LLMatcher, home: _Compiled, spent: int) -> None:
-        if spent <= _MAX_SPENT_TOKENS and len(home.idle) < _MAX_IDLE and not matcher.is_error() and matcher.reset():
-            home.idle.append((matcher, spent))
+            if self._compiled.get(grammar) is entry:
+                del self._compiled[grammar]  # the automaton keeps its error
+        if entry.seconds > _SHARED_ABOVE_S:
+            return None
+        try:
+            return self._build(grammar, entry)
+        except GrammarError:
+            return None
 
     def check_row(self, row: np.ndarray) -> None:
         """Raises ValueError for what is no int32[num_words] in one stretch of memory."""
@@ -199,10 +213,8 @@ def fill_masks(matchers: Sequence[Matcher], rows: Sequence[np.ndarray] | np.ndar
     if compiler.is_suspicious or len(matchers) == 1:
         compiler.is_suspicious = False
         for matcher, row in zip(matchers, rows, strict=False):
-            try:
+            with contextlib.suppress(GrammarError):  # `Matcher.error` keeps it
                 matcher.fill_mask(row)
-            except GrammarError:
-                assert matcher.error is not None
     else:
         _fill_together(compiler, matchers, rows)
     for matcher in matchers:
@@ -232,8 +244,9 @@ def _fill_together(
         compiler.is_suspicious = time.perf_counter() - started > MASK_BUDGET_S
         block[: len(matchers)] &= compiler.legal_mask
     for raw, index in work:
-        if raw.is_error():  # llguidance then gives the end tokens
-            matchers[index].fail(raw.get_error())
+        if raw.is_error():
+            with contextlib.suppress(GrammarError):  # `Matcher.error` keeps it
+                matchers[index].fill_mask(block[index])
     if block is not rows:
         for index in range(len(matchers)):
             rows[index][:] = block[index]
@@ -242,25 +255,16 @@ def _fill_together(
 class Matcher:
     """Where one answer stands in its grammar. Not safe to use from several threads at once; made by `compile`."""
 
-    def __init__(
-        self,
-        compiler: GrammarCompiler,
-        grammar: Grammar,
-        raw: LLMatcher,
-        home: _Compiled | None = None,
-        spent: int = 0,
-    ) -> None:
-        """`home` gets `raw` back in the end; `spent` counts the tokens it has consumed before."""
-        self.compiler, self._grammar, self._home, self._spent = compiler, grammar, home, spent
-        self.raw = raw
+    def __init__(self, compiler: GrammarCompiler, grammar: Grammar, entry: _Compiled, automaton: _Automaton) -> None:
+        self.compiler, self._grammar, self._entry = compiler, grammar, entry
+        self._automaton: _Automaton | None = automaton
+        automaton.users.add(self)
+        self.raw = automaton.raw.deep_copy()
         """llguidance's matcher."""
-        self._ends = 0  # end tokens consumed; llguidance does not see them
         self.error: GrammarError | None = None
         """Why this matcher cannot go on, once it cannot."""
-
-    def __del__(self) -> None:
-        if (home := getattr(self, "_home", None)) is not None:
-            self.compiler.take_back(self.raw, home, self._spent)
+        self._tokens: list[int] = []
+        self._ends = 0  # end tokens consumed; llguidance does not see them
 
     @property
     def is_finished(self) -> bool:
@@ -278,20 +282,23 @@ class Matcher:
         Raises GrammarError if the grammar became too expensive; the row then holds the end tokens alone.
         """
         self.compiler.check_row(row)
-        if self.error is not None or self._ends:
+        if self.error is None and not self.is_finished:
+            started = time.thread_time()
+            self.raw.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+            seconds = time.thread_time() - started
+            if not self.raw.is_error():
+                if seconds > MASK_BUDGET_S:
+                    self._fail(f"a mask takes more than {MASK_BUDGET_S} s")
+            elif self.recover():
+                self.raw.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+                if self.raw.is_error():
+                    self._fail(self.raw.get_error())
+        if self.error is not None or self.is_finished:
             row[:] = self.compiler.end_mask
-            if self.error is not None:
-                raise self.error
-            return
-        started = time.thread_time()
-        self.raw.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
-        seconds = time.thread_time() - started
-        row &= self.compiler.legal_mask
-        if self.raw.is_error():
-            raise self.fail(self.raw.get_error())
-        if seconds > MASK_BUDGET_S:
-            row[:] = self.compiler.end_mask
-            raise self.fail(f"its masks take more than {MASK_BUDGET_S} s")
+        else:
+            row &= self.compiler.legal_mask
+        if self.error is not None:
+            raise self.error
 
     def consume(self, token_id: int) -> None:
         """Go on by a token. Raises ValueError, and stays where it is, for one that the mask does not allow."""
@@ -299,29 +306,46 @@ class Matcher:
             raise self.error
         if token_id in self.compiler.eos_token_ids and self.is_complete:
             self._ends += 1
-        elif self._ends or not 0 <= token_id < self.compiler.vocab_rows or not self._advance(token_id):
-            if self.raw.is_error():
-                raise self.fail(self.raw.get_error())
+            return
+        allowed = not self.is_finished and 0 <= token_id < self.compiler.vocab_rows and self._advance(token_id)
+        if not allowed and self.raw.is_error() and self.recover():
+            allowed = self._advance(token_id)
+        if self.error is None and self.raw.is_error():
+            self._fail(self.raw.get_error())
+        if self.error is not None:
+            raise self.error
+        if not allowed:
             raise ValueError(f"token {token_id} is not allowed by the {self._grammar.kind} grammar here")
+        self._tokens.append(token_id)
+        if self._automaton is not None:
+            self._automaton.num_tokens += 1
 
     def _advance(self, token_id: int) -> bool:
-        self._spent += 1
-        return not self.raw.is_stopped() and self.raw.try_consume_tokens([token_id]) == 1
+        return self.raw.try_consume_tokens([token_id]) == 1
 
     def rollback(self, num_tokens: int) -> None:
         """Take back the last tokens. Raises ValueError if fewer were consumed."""
         if self.error is not None:
             raise self.error
+        if not 0 <= num_tokens <= len(self._tokens) + self._ends:
+            raise ValueError(
+                f"{num_tokens} tokens cannot be taken back; {len(self._tokens) + self._ends} were consumed"
+            )
         ends = min(num_tokens, self._ends)
-        if num_tokens < 0 or (num_tokens > ends and not self.raw.rollback(num_tokens - ends)):
-            raise self.fail(f"{num_tokens} tokens cannot be taken back")
         self._ends -= ends
+        if num_tokens > ends:
+            del self._tokens[len(self._tokens) - (num_tokens - ends) :]
+            if not self.raw.rollback(num_tokens - ends) and not self.recover():
+                assert self.error is not None
+                raise self.error
 
     def copy(self) -> Matcher:
-        """A matcher at the same place that goes its own way; it shares the automaton with this one."""
-        self._home = None  # two use it now, so it cannot be handed to another request
-        twin = Matcher(self.compiler, self._grammar, self.raw.deep_copy())
-        twin._ends, twin.error = self._ends, self.error
+        """A matcher at the same place that goes its own way; it shares what was computed with this one."""
+        twin = object.__new__(Matcher)
+        twin.__dict__.update(self.__dict__)
+        twin.raw, twin._tokens = self.raw.deep_copy(), list(self._tokens)
+        if self._automaton is not None:
+            self._automaton.users.add(twin)
         return twin
 
     def forced_tokens(self) -> list[int]:
@@ -330,10 +354,19 @@ class Matcher:
             return []
         return self.raw.compute_ff_tokens()
 
-    def fail(self, reason: str) -> GrammarError:
-        """Put the matcher out of use, for `reason` in llguidance's words."""
+    def recover(self) -> bool:
+        """After an error of llguidance's: whether a matcher of its own could take the place of one that others use too,
+        and may have driven into the error. Otherwise `error` is set."""
+        if self._automaton is None:
+            self._fail(self.raw.get_error())
+            return False
+        reason, self._automaton = self.raw.get_error(), None
+        raw = self.compiler.rebuild(self._grammar, self._entry)
+        if raw is None or raw.try_consume_tokens(self._tokens) != len(self._tokens) or raw.is_error():
+            self._fail(reason)
+            return False
+        self.raw = raw
+        return True
+
+    def _fail(self, reason: str) -> None:
         self.error = GrammarError(f"the {self._grammar.kind} grammar cannot be followed: {first_line(reason)}")
-        self._home = None
-        if self.raw.is_error():
-            self.compiler.forget(self._grammar)  # a shared automaton keeps the error
-        return self.error

@@ -23,6 +23,8 @@ from qwench.types import Grammar, GrammarKind
 JSON_WHITESPACE = r" |\n( {0,64}|\t{0,16})"
 """What may stand, at most once, between two tokens of JSON: a blank, or a line end and the indentation after it. Both
 `{"a": 1}` and indented JSON fit; a model that writes blanks for ever does not."""
+JSON_OPTIONS = {"whitespace_pattern": JSON_WHITESPACE, "json_allow_general_unicode_escapes": True}
+"""llguidance's options for JSON. Any character may be written as \\uXXXX, as JSON has it."""
 
 MAX_GRAMMAR_CHARS = 1 << 18
 MAX_MULTIPLE_OF = 100_000
@@ -47,7 +49,7 @@ class GrammarError(ValueError):
 
 
 class BusyError(GrammarError):
-    """Other grammars take up the compiler; the same one may work later."""
+    """Compilation was given up for time; on a machine less busy the same grammar may work."""
 
 
 # ----------------------------------------------------------------------------------------- from Grammar to llguidance
@@ -95,7 +97,7 @@ def _lower_schema(schema: Any) -> str:
         raise GrammarError(f"the JSON schema cannot be used: {error}") from None
     _check_multiples(text)
     try:
-        return LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": JSON_WHITESPACE})
+        return LLMatcher.grammar_from_json_schema(text, overrides=JSON_OPTIONS)
     except ValueError as error:
         raise GrammarError(f"the JSON schema cannot be used: {first_line(str(error))}") from None
 
@@ -177,7 +179,7 @@ def compile_guarded(build: Callable[[], LLMatcher], kind: str) -> tuple[LLMatche
     try:
         matcher, seconds = future.result(COMPILE_BUDGET_S)
     except FutureTimeoutError:
-        raise GrammarError(f"the {kind} grammar takes more than {COMPILE_BUDGET_S} s to compile; simplify it") from None
+        raise BusyError(f"the {kind} grammar takes more than {COMPILE_BUDGET_S} s to compile; simplify it") from None
     if matcher.is_error():
         raise GrammarError(f"the {kind} grammar cannot be used: {first_line(matcher.get_error())}")
     return matcher, seconds

@@ -96,9 +96,9 @@ class NaiveGenerator:
         Text that could still turn into a stop string is held back. Rows of the model without a token are never drawn.
         The answer also ends ("length") where the context is full, and ("stop") where its grammar allows no more.
         Raises ValueError for a prompt that is empty, has ids outside the model's rows or leaves no room for an answer,
-        for n > 1, and for a grammar that does not compile or that nothing here can compile.
+        for a bias of an id that does not exist, for n > 1, and for a grammar that nothing here can compile.
         """
-        token_ids = self._checked(token_ids)
+        token_ids = self._checked(token_ids, params)
         matcher = self._matcher(params)
         seed = pick_seed(params.seed)
         ends = set() if params.ignore_eos else {*self.tokenizer.eos_token_ids, *self.model.config.eos_token_ids}
@@ -204,12 +204,10 @@ class NaiveGenerator:
         if params.grammar is None:
             return None
         if self.grammars is None:
-            raise ValueError(
-                "this generator has no grammar compiler; give grammars=GrammarCompiler(...) when it is made"
-            )
+            raise ValueError("this generator has no grammar compiler; make it with grammars=GrammarCompiler(...)")
         return self.grammars.compile(params.grammar)
 
-    def _checked(self, token_ids: Sequence[int]) -> list[int]:
+    def _checked(self, token_ids: Sequence[int], params: SamplingParams) -> list[int]:
         if isinstance(token_ids, str):
             raise ValueError("the prompt is a string; give token ids, for example tokenizer.encode(text)")
         ids = [int(token) for token in token_ids]
@@ -219,9 +217,9 @@ class NaiveGenerator:
         if bad := [token for token in ids if not 0 <= token < rows]:
             raise ValueError(f"token id {bad[0]} is outside the model's rows 0 to {rows - 1}")
         if len(ids) >= (length := self.model.config.max_position_embeddings):
-            raise ValueError(
-                f"the prompt has {len(ids)} tokens; the model's context of {length} leaves no room to answer"
-            )
+            raise ValueError(f"the prompt has {len(ids)} tokens; the context of {length} leaves no room for an answer")
+        if unknown := [token for token in params.logit_bias if not 0 <= token < self.tokenizer.vocab_size]:
+            raise ValueError(f"logit_bias names token {unknown[0]}; ids run from 0 to {self.tokenizer.vocab_size - 1}")
         return ids
 
 

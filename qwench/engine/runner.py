@@ -149,6 +149,7 @@ class Runner:
             slots=slots_T,
             num_decodes=num_decodes,
             history=any(start > 0 for _, start, _ in chunks),
+            num_keys=int(lens[num_decodes:].sum()),
         )
         hidden_TD = self.model(tokens_T, positions_T, meta, self.caches)
         ready = list(range(num_decodes)) + [num_decodes + i for i, (s, _, _) in enumerate(chunks) if not s.is_prefilling]

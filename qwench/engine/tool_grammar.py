@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qwench.engine.grammar_source import JSON_WHITESPACE, GrammarError, check_schema
+from qwench.engine.grammar_source import JSON_OPTIONS, GrammarError, check_schema
 from qwench.tokenizer import Tokenizer, chat
 from qwench.tokenizer.messages import Tools, as_tools
 from qwench.tokenizer.special import TOOL_CALL, TOOL_CALL_END
@@ -48,7 +48,7 @@ def tool_grammar(tokenizer: Tokenizer, tools: Tools | None, tool_choice: ToolCho
         lines, lead = _react(forced), '"{}\\nAction Input: "'
     lines.append("one: " + " | ".join(f"tool{number}" for number in range(len(functions))))
     for number, function in enumerate(functions):
-        schema = {"x-guidance": {"whitespace_pattern": JSON_WHITESPACE}, **_parameters(function)}
+        schema = {"x-guidance": JSON_OPTIONS, **_parameters(function)}
         lines.append(f"tool{number}: {lead.format(function['name'])} %json {json.dumps(schema)}")
     return Grammar(kind="lark", value="\n".join(lines) + "\n")
 
@@ -76,7 +76,7 @@ def _control(tokenizer: Tokenizer, name: str) -> str:
 
 
 def _flower(forced: bool, parallel: bool) -> list[str]:
-    """Behind its calls a model writes the mark of the result, for the program to go on. It may; the answer ends there."""
+    """Behind its calls a model writes the mark of the result, for the program to go on; there the answer ends."""
     calls = 'call ("\\n✿FUNCTION✿" call)*' if parallel else "call"
     start = f'"✿FUNCTION✿" {calls} end?' if forced else f"free | head {calls} end?"
     free = [] if forced else ["free: /(?s:.*)/", "head[lazy]: /(?s:.*)✿FUNCTION✿/"]

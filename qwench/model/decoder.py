@@ -22,7 +22,7 @@ from qwench.model.config import ModelConfig
 from qwench.ops.attention import AttnMeta, KVCache, attention
 from qwench.ops.linear import linear
 from qwench.ops.norm import rms_norm
-from qwench.ops.rope import Rope, cached_inverse_frequencies, rope_and_store
+from qwench.ops.rope import Rope, cached_inverse_frequencies
 
 
 class RMSNorm(nn.Module):
@@ -66,8 +66,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         heads_THD = self.qkv_proj(x_TD, norm=norm).unflatten(-1, (-1, self.head_size))
         q_THD, k_TKD, v_TKD = heads_THD.split(self.heads, 1)
-        q_THD, k_TKD = rope_and_store(q_THD, k_TKD, v_TKD, rope, cache, meta.slots)
-        out_THD = attention(q_THD, k_TKD, v_TKD, meta, cache, self.window)
+        out_THD = attention(q_THD, k_TKD, v_TKD, meta, cache, self.window, rope)
         return self.o_proj(out_THD.flatten(1), residual=x_TD)
 
 

@@ -3,11 +3,13 @@
 Shape suffixes: T tokens of all sequences, H query heads, K key/value heads, D head size, B sequences,
 S keys of one sequence, N cache blocks, P positions in a block.
 
-Contract of `attention(q_THD, k_TKD, v_TKD, meta, cache=None, window=None) -> out_THD`
+Contract of `attention(q_THD, k_TKD, v_TKD, meta, cache=None, window=None, rope=None) -> out_THD`
 * The T tokens are B sequences laid end to end; sequence b owns rows cu_q[b]:cu_q[b+1].
 * Without a cache, a query sees the keys of its own sequence up to and including itself.
-* With a cache, the new keys and values already stand in it (`ops.rope.rope_and_store` put them at `meta.slots`);
-  sequence b has `lens_k[b]` keys (old and new), found through `block_table[b]`, and its queries are the last of them.
+* With `rope`, q and k are rotated first, and with a cache the rotated k and v are written to it at `meta.slots`.
+  Without, both has been done already (see `ops.rope.rope_and_store`).
+* With a cache, sequence b has `lens_k[b]` keys (old and new), found through `block_table[b]`, and its queries are the
+  last of them.
 * H is a multiple of K; query head h reads key/value head h // (H/K) (grouped-query attention [Qwen2 TR 2.2.1]).
 * `window` w: a query sees at most the last w keys, itself included.
 * Softmax is evaluated in fp32 and scaled by D ** -0.5; the result has q's dtype. Differentiable without a cache.
@@ -25,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwench.ops.dispatch import Implementation, Operation
+from qwench.ops.rope import Rope, rope_and_store
 
 KVCache = tuple[Tensor, Tensor]
 """Keys and values of one layer, each [N, P, K, D]."""
@@ -52,6 +55,8 @@ class AttnMeta:
     """How many of the first sequences certainly have a single query; fast paths treat them apart. 0 is always right."""
     history: bool = True
     """With a cache: whether any sequence after the first `num_decodes` has keys from before. True is always right."""
+    num_keys: int = 0
+    """Sum of lens_k after the first `num_decodes`; 0 where the host does not know it."""
 
     @staticmethod
     def packed(seq_lens: Sequence[int], device: torch.device | str = "cpu") -> AttnMeta:
@@ -67,9 +72,18 @@ def attention(
     meta: AttnMeta,
     cache: KVCache | None = None,
     window: int | None = None,
+    rope: Rope | None = None,
 ) -> Tensor:
     """See the contract at the top of this file."""
-    return ATTENTION.choose(q_THD.device)(q_THD, k_TKD, v_TKD, meta, cache, window)
+    run = ATTENTION.choose(q_THD.device)
+    if rope is not None:
+        if run is _paged and cache is not None and not torch.is_grad_enabled():
+            from qwench.ops import attention_paged
+
+            if attention_paged.decodes(q_THD, meta):
+                return attention_paged.decode(q_THD, k_TKD, v_TKD, rope, meta, cache, window)
+        q_THD, k_TKD = rope_and_store(q_THD, k_TKD, v_TKD, rope, cache, meta.slots if cache is not None else None)
+    return run(q_THD, k_TKD, v_TKD, meta, cache, window)
 
 
 def _sequences(k_TKD: Tensor, v_TKD: Tensor, meta: AttnMeta, cache: KVCache | None):
@@ -248,9 +262,8 @@ def _paged(
     """The GPU's path, see `ops.attention_paged`."""
     from qwench.ops import attention_paged
 
-    return attention_paged.attention(q_THD, k_TKD, v_TKD, meta, cache, window) or _sdpa(
-        q_THD, k_TKD, v_TKD, meta, cache, window
-    )
+    out_THD = attention_paged.attention(q_THD, k_TKD, v_TKD, meta, cache, window)
+    return _sdpa(q_THD, k_TKD, v_TKD, meta, cache, window) if out_THD is None else out_THD
 
 
 def _on_cuda(device: torch.device) -> bool:

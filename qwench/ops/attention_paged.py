@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qwench.ops.attention import AttnMeta, KVCache
+from qwench.ops.rope import Rope
+from qwench.ops.triton_launch import runs_triton
 
 HALF = (torch.float16, torch.bfloat16)
 MAX_SHORT_QUERIES = 16
@@ -37,7 +39,7 @@ def attention(
         return _packed(q_THD, k_TKD, v_TKD, meta.cu_q, meta.cu_q, meta.max_q, meta.max_q, window)
     num_seqs, num_decodes = meta.cu_q.numel() - 1, meta.num_decodes
     if num_decodes == num_seqs or meta.max_q <= MAX_SHORT_QUERIES:
-        return _decode(q_THD, meta, cache, window, 1 if num_decodes == num_seqs else meta.max_q)
+        return _few(q_THD, meta, cache, window, 1 if num_decodes == num_seqs else meta.max_q)
     if num_decodes == 0:
         return _prefill(q_THD, k_TKD, v_TKD, meta, cache, window)
     assert meta.lens_k is not None
@@ -57,17 +59,32 @@ def attention(
         max_k=meta.max_k,
         block_table=meta.block_table[num_decodes:],
         history=meta.history,
+        num_keys=meta.num_keys,
     )
     d = num_decodes
     return torch.cat(
         (
-            _decode(q_THD[:d], first, cache, window, 1),
+            _few(q_THD[:d], first, cache, window, 1),
             _prefill(q_THD[d:], k_TKD[d:], v_TKD[d:], rest, cache, window),
         )
     )
 
 
-def _decode(q_THD: Tensor, meta: AttnMeta, cache: KVCache, window: int | None, max_q: int) -> Tensor:
+def decodes(q_THD: Tensor, meta: AttnMeta) -> bool:
+    """Whether `decode` serves this step: one query a sequence, in half precision."""
+    return meta.num_decodes == meta.cu_q.numel() - 1 and q_THD.dtype in HALF and runs_triton(q_THD.device)
+
+
+def decode(
+    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, rope: Rope, meta: AttnMeta, cache: KVCache, window: int | None
+) -> Tensor:
+    """Rotation, cache write and attention of a decoding step in one kernel."""
+    from qwench.ops.attention_triton import decode_attention
+
+    return decode_attention(q_THD, k_TKD, v_TKD, rope, meta, cache, window)
+
+
+def _few(q_THD: Tensor, meta: AttnMeta, cache: KVCache, window: int | None, max_q: int) -> Tensor:
     from qwench.ops.attention_triton import paged_attention
 
     return paged_attention(q_THD, meta, cache, window, max_q)
@@ -84,7 +101,7 @@ def _prefill(
     block = cache[0].shape[1]
     lens_k = meta.lens_k.long()
     cu_k = F.pad(lens_k.cumsum(0), (1, 0))
-    total = meta.max_k if meta.lens_k.numel() == 1 else int(cu_k[-1])  # a host wait, in eager steps with history only
+    total = meta.num_keys or int(cu_k[-1])  # the latter waits for the device
     rows = torch.arange(total, device=q_THD.device)
     seq = torch.searchsorted(cu_k[1:], rows, right=True)
     at = rows - cu_k[seq]

@@ -1,137 +1,326 @@
-"""Triton kernel of paged attention for few queries a sequence: decoding, and drafts to be verified.
+"""Triton kernels of paged attention for few queries a sequence: decoding, and drafts to be verified.
 
 Each program reads a part of one sequence's pages once for all query heads that share a key head, and keeps a running
-softmax. Where the batch alone would leave the GPU idle, a sequence's keys are split over several programs, and a
-second kernel merges their parts. The split depends on nothing but the batch size that the caller was built for, and a
-sequence's result on nothing but its own length and that split.
+softmax. Long sequences of a small batch are split over several programs; the last of them to finish merges the parts.
+How often a sequence is split depends on the batch size that the caller was built for and on its own length, and the
+order of the sums on nothing else.
 
-Shape suffixes as in `attention.py`; M rows of one program (queries of one sequence times query heads of one key head).
+`decode_attention` also rotates q and k and writes the new key and value to the cache: one kernel for all that lies
+between the two projections of a decoding step.
+
+Shape suffixes as in `attention.py`; M rows of one program (queries of one sequence times query heads of one key head),
+R = D / 2.
 """
 
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qwench.ops.attention import AttnMeta, KVCache
 from qwench.ops.dispatch import batch_invariant
+from qwench.ops.elementwise_triton import _rotate
+from qwench.ops.rope import Rope
+from qwench.ops.triton_launch import dependent_launch, options
 
-INVARIANT_SPLITS = 8
+LOG2E = 1.4426950408889634
+MAX_SPLITS, INVARIANT_SPLITS = 64, 16
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """How a program works: keys at a time, warps, loads in flight, fewest keys worth a program of their own."""
+
+    keys: int = 64
+    num_warps: int = 4
+    num_stages: int = 3
+    min_keys: int = 64
+
+
+@triton.jit
+def _range_of_split(length, begin, split, SPLITS: tl.constexpr, N: tl.constexpr, MIN: tl.constexpr):
+    """(number of splits in use, first key, end) of a program's share of the keys begin..length."""
+    used = tl.minimum(tl.maximum(tl.cdiv(length - begin, MIN), 1), SPLITS)
+    share = tl.cdiv(tl.cdiv(length - begin, used), N) * N
+    used = tl.maximum(tl.cdiv(length - begin, share), 1)  # rounding up may leave the last ones without keys
+    start = begin + split * share
+    return used, start, tl.minimum(start + share, length)
+
+
+@triton.jit
+def _finish(
+    acc, best, total, out_ptrs, live, part_out, part_lse, rows, counter, split, used, cols,
+    D: tl.constexpr, M: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Write a program's rows; where the keys were split, the last program of the sequence merges the parts."""
+    normed = acc / tl.where(total > 0, total, 1.0)[:, None]
+    if SPLITS == 1:
+        tl.store(out_ptrs, normed, mask=live[:, None])
+    elif used == 1:
+        tl.store(out_ptrs, normed, mask=live[:, None])
+    else:
+        lse = tl.where(total > 0, best + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf"))
+        tl.store(part_out + (rows * SPLITS + split)[:, None] * D + cols[None, :], normed, mask=live[:, None])
+        tl.store(part_lse + rows * SPLITS + split, lse, mask=live)
+        tl.debug_barrier()
+        before = tl.atomic_add(counter, 1, sem="acq_rel")
+        if before == used - 1:
+            splits = tl.arange(0, SPLITS)
+            lse_MS = tl.load(
+                part_lse + rows[:, None] * SPLITS + splits[None, :],
+                mask=live[:, None] & (splits < used)[None, :], other=float("-inf"), cache_modifier=".cg",
+            )  # fmt: skip
+            top = tl.max(lse_MS, 1)
+            norm = tl.sum(tl.exp2(lse_MS - tl.where(top == float("-inf"), 0.0, top)[:, None]), 1)
+            merged = tl.zeros([M, D], tl.float32)
+            for at in range(0, used):
+                one = tl.load(part_lse + rows * SPLITS + at, mask=live, other=float("-inf"), cache_modifier=".cg")
+                part = tl.load(
+                    part_out + (rows * SPLITS + at)[:, None] * D + cols[None, :],
+                    mask=live[:, None], other=0.0, cache_modifier=".cg",
+                )  # fmt: skip
+                weight = tl.exp2(one - top) / norm
+                merged += part * tl.where(live, weight, 0.0)[:, None]
+            tl.store(out_ptrs, merged, mask=live[:, None])
+            tl.store(counter, 0)
+
+
+@triton.jit
+def _decode_kernel(
+    q, k, v, position_ptr, inv_freq_ptr, slots, keys, values, table, lens, out, part_out, part_lse, counters,
+    scale, window, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
+    stride_kn, stride_kp, stride_kk, stride_table,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, R: tl.constexpr, P: tl.constexpr, M: tl.constexpr,
+    N: tl.constexpr, MIN: tl.constexpr, SPLITS: tl.constexpr, WINDOWED: tl.constexpr, USE_PDL: tl.constexpr,
+):  # fmt: skip
+    """One query a sequence, not yet rotated; its key and value are not in the cache yet."""
+    seq, head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    rows, cols, lanes = tl.arange(0, M), tl.arange(0, D), tl.arange(0, R)
+    h_of_row = head * G + rows
+    live = rows < G
+    inv_freq = tl.load(inv_freq_ptr + lanes)
+    dtype = q.dtype.element_ty
+    if USE_PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    length = tl.load(lens + seq)
+    old = length - 1  # keys that the cache already holds
+    begin = 0
+    if WINDOWED:
+        begin = tl.maximum(length - window, 0)
+    used, start, stop = _range_of_split(length, begin, split, SPLITS, N, MIN)
+    if split < used:
+        position = tl.load(position_ptr + seq)
+        q_ptrs = q + seq * stride_qt + h_of_row[:, None] * stride_qh + lanes[None, :]
+        q_first = tl.load(q_ptrs, mask=live[:, None], other=0.0).to(tl.float32)
+        q_second = tl.load(q_ptrs + R, mask=live[:, None], other=0.0).to(tl.float32)
+        qa_MR, qb_MR = _rotate(q_first, q_second, position, inv_freq, dtype)
+        best = tl.full([M], float("-inf"), tl.float32)
+        total = tl.zeros([M], tl.float32)
+        acc = tl.zeros([M, D], tl.float32)
+        if stop == length:  # this program's keys end with the new one, which only it writes
+            kind = keys.dtype.element_ty
+            slot = tl.load(slots + seq)
+            one = tl.arange(0, 1)
+            k_ptrs = k + seq * stride_kt + head * stride_kh + one[:, None] + lanes[None, :]
+            k_first, k_second = tl.load(k_ptrs).to(tl.float32), tl.load(k_ptrs + R).to(tl.float32)
+            ka_1R, kb_1R = _rotate(k_first, k_second, position, inv_freq, dtype)
+            v_1D = tl.load(v + seq * stride_vt + head * stride_vh + one[:, None] + cols[None, :]).to(tl.float32)
+            ka_1R, kb_1R, kept_1D = ka_1R.to(tl.float32).to(kind), kb_1R.to(tl.float32).to(kind), v_1D.to(kind)
+            to = slot // P * stride_kn + slot % P * stride_kp + head * stride_kk
+            tl.store(keys + to + one[:, None] + lanes[None, :], ka_1R)
+            tl.store(keys + to + R + one[:, None] + lanes[None, :], kb_1R)
+            tl.store(values + to + one[:, None] + cols[None, :], kept_1D)
+            score = tl.sum(qa_MR.to(tl.float32) * ka_1R.to(tl.float32), 1)
+            best = (score + tl.sum(qb_MR.to(tl.float32) * kb_1R.to(tl.float32), 1)) * scale
+            total = tl.full([M], 1.0, tl.float32)
+            acc = acc + kept_1D.to(tl.float32)
+        for at in range(start, tl.minimum(stop, old), N):
+            pos = at + tl.arange(0, N)
+            valid = pos < tl.minimum(stop, old)
+            block = tl.load(table + seq * stride_table + pos // P, mask=valid, other=0).to(tl.int64)
+            place = block * stride_kn + (pos % P) * stride_kp + head * stride_kk
+            ka_NR = tl.load(keys + place[:, None] + lanes[None, :], mask=valid[:, None], other=0.0).to(dtype)
+            kb_NR = tl.load(keys + place[:, None] + R + lanes[None, :], mask=valid[:, None], other=0.0).to(dtype)
+            scores = tl.dot(qa_MR, tl.trans(ka_NR))
+            scores = tl.dot(qb_MR, tl.trans(kb_NR), scores) * scale
+            scores = tl.where(valid[None, :], scores, float("-inf"))
+            new_best = tl.maximum(best, tl.max(scores, 1))
+            shrink = tl.exp2(best - new_best)
+            probs = tl.exp2(scores - new_best[:, None])
+            total = total * shrink + tl.sum(probs, 1)
+            v_ND = tl.load(values + place[:, None] + cols[None, :], mask=valid[:, None], other=0.0).to(dtype)
+            acc = acc * shrink[:, None] + tl.dot(probs.to(dtype), v_ND)
+            best = new_best
+        out_ptrs = out + seq * (H * D) + h_of_row[:, None] * D + cols[None, :]
+        _finish(
+            acc, best, total, out_ptrs, live, part_out, part_lse, seq * H + h_of_row,
+            counters + seq * (H // G) + head, split, used, cols, D, M, SPLITS,
+        )  # fmt: skip
 
 
 @triton.jit
 def _part_kernel(
-    q, keys, values, table, lens, cu_q, out, part_out, part_lse,
-    scale, window, stride_qt, stride_qh, stride_kn, stride_kp, stride_kh, stride_table,
+    q, keys, values, table, lens, cu_q, out, part_out, part_lse, counters,
+    scale, window, stride_qt, stride_qh, stride_kn, stride_kp, stride_kk, stride_table,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, P: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    SPLITS: tl.constexpr, SINGLE: tl.constexpr, WINDOWED: tl.constexpr,
+    MIN: tl.constexpr, SPLITS: tl.constexpr, WINDOWED: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
-    seq, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    if SINGLE:
-        first_q = seq
-        num_q = 1
-    else:
-        first_q = tl.load(cu_q + seq)
-        num_q = tl.load(cu_q + seq + 1) - first_q
-    length = tl.load(lens + seq)
-    rows = tl.arange(0, M)
+    """Several queries a sequence, already rotated, their keys in the cache."""
+    seq, head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    rows, cols = tl.arange(0, M), tl.arange(0, D)
     q_of_row, h_of_row = rows // G, head * G + rows % G
+    if USE_PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    first_q = tl.load(cu_q + seq).to(tl.int64)
+    num_q = (tl.load(cu_q + seq + 1) - first_q).to(tl.int32)
+    length = tl.load(lens + seq)
     live = q_of_row < num_q
-    cols = tl.arange(0, D)
-    q_MD = tl.load(
-        q + (first_q + q_of_row)[:, None].to(tl.int64) * stride_qt + h_of_row[:, None] * stride_qh + cols[None, :],
-        mask=live[:, None], other=0.0,
-    )  # fmt: skip
-    position = length - num_q + q_of_row  # of each row's query
     begin = 0
     if WINDOWED:
-        begin = tl.maximum(length - num_q - window + 1, 0) // N * N
-    share = tl.cdiv(tl.cdiv(length - begin, SPLITS), N) * N
-    start = begin + split * share
-    stop = tl.minimum(start + share, length)
-    best = tl.full([M], float("-inf"), tl.float32)
-    total = tl.zeros([M], tl.float32)
-    acc = tl.zeros([M, D], tl.float32)
-    for at in range(start, stop, N):
-        pos = at + tl.arange(0, N)
-        valid = pos < stop
-        block = tl.load(table + seq.to(tl.int64) * stride_table + pos // P, mask=valid, other=0).to(tl.int64)
-        place = block * stride_kn + (pos % P) * stride_kp + head * stride_kh
-        k_ND = tl.load(keys + place[:, None] + cols[None, :], mask=valid[:, None], other=0.0).to(q_MD.dtype)
-        scores = tl.dot(q_MD, tl.trans(k_ND)) * scale
-        seen = valid[None, :] & (pos[None, :] <= position[:, None])
-        if WINDOWED:
-            seen = seen & (pos[None, :] > position[:, None] - window)
-        scores = tl.where(seen, scores, float("-inf"))
-        new_best = tl.maximum(best, tl.max(scores, 1))
-        safe = tl.where(new_best == float("-inf"), 0.0, new_best)
-        shrink = tl.exp2(best - safe)
-        probs = tl.exp2(scores - safe[:, None])
-        total = total * shrink + tl.sum(probs, 1)
-        v_ND = tl.load(values + place[:, None] + cols[None, :], mask=valid[:, None], other=0.0).to(q_MD.dtype)
-        acc = acc * shrink[:, None] + tl.dot(probs.to(q_MD.dtype), v_ND)
-        best = new_best
-    if SPLITS == 1:
-        to = out + (first_q + q_of_row)[:, None].to(tl.int64) * (H * D) + h_of_row[:, None] * D + cols[None, :]
-        tl.store(to, acc / total[:, None], mask=live[:, None])
-    else:
-        row = ((first_q + q_of_row).to(tl.int64) * H + h_of_row) * SPLITS + split
-        weight = tl.where(total > 0, total, 1.0)
-        tl.store(part_out + row[:, None] * D + cols[None, :], acc / weight[:, None], mask=live[:, None])
-        lse = tl.where(total > 0, best + tl.log2(weight), float("-inf"))
-        tl.store(part_lse + row, lse, mask=live)
+        begin = tl.maximum(length - num_q - window + 1, 0)
+    used, start, stop = _range_of_split(length, begin, split, SPLITS, N, MIN)
+    if split < used:
+        q_MD = tl.load(
+            q + (first_q + q_of_row)[:, None] * stride_qt + h_of_row[:, None] * stride_qh + cols[None, :],
+            mask=live[:, None], other=0.0,
+        )  # fmt: skip
+        position = length - num_q + q_of_row  # of each row's query
+        best = tl.full([M], float("-inf"), tl.float32)
+        total = tl.zeros([M], tl.float32)
+        acc = tl.zeros([M, D], tl.float32)
+        for at in range(start, stop, N):
+            pos = at + tl.arange(0, N)
+            valid = pos < stop
+            block = tl.load(table + seq * stride_table + pos // P, mask=valid, other=0).to(tl.int64)
+            place = block * stride_kn + (pos % P) * stride_kp + head * stride_kk
+            k_ND = tl.load(keys + place[:, None] + cols[None, :], mask=valid[:, None], other=0.0).to(q_MD.dtype)
+            scores = tl.dot(q_MD, tl.trans(k_ND)) * scale
+            seen = valid[None, :] & (pos[None, :] <= position[:, None])
+            if WINDOWED:
+                seen = seen & (pos[None, :] > position[:, None] - window)
+            scores = tl.where(seen, scores, float("-inf"))
+            new_best = tl.maximum(best, tl.max(scores, 1))
+            safe = tl.where(new_best == float("-inf"), 0.0, new_best)
+            shrink = tl.exp2(best - safe)
+            probs = tl.exp2(scores - safe[:, None])
+            total = total * shrink + tl.sum(probs, 1)
+            v_ND = tl.load(values + place[:, None] + cols[None, :], mask=valid[:, None], other=0.0).to(q_MD.dtype)
+            acc = acc * shrink[:, None] + tl.dot(probs.to(q_MD.dtype), v_ND)
+            best = new_best
+        out_ptrs = out + (first_q + q_of_row)[:, None] * (H * D) + h_of_row[:, None] * D + cols[None, :]
+        _finish(
+            acc, best, total, out_ptrs, live, part_out, part_lse, (first_q + q_of_row) * H + h_of_row,
+            counters + seq * (H // G) + head, split, used, cols, D, M, SPLITS,
+        )  # fmt: skip
 
 
-@triton.jit
-def _merge_kernel(part_out, part_lse, out, D: tl.constexpr, SPLITS: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    splits, cols = tl.arange(0, SPLITS), tl.arange(0, D)
-    lse = tl.load(part_lse + row * SPLITS + splits)
-    weight = tl.exp2(lse - tl.max(lse, 0))
-    weight = weight / tl.sum(weight, 0)
-    parts = tl.load(part_out + (row * SPLITS + splits)[:, None] * D + cols[None, :])
-    tl.store(out + row * D + cols, tl.sum(parts * weight[:, None], 0))
+def decode_attention(
+    q_BHD: Tensor,
+    k_BKD: Tensor,
+    v_BKD: Tensor,
+    rope: Rope,
+    meta: AttnMeta,
+    cache: KVCache,
+    window: int | None,
+    tile: Tile | None = None,
+) -> Tensor:
+    """Rotate, store and attend with one new token a sequence; [B, H, D] in q's dtype. No host wait, no gradient."""
+    assert meta.lens_k is not None
+    assert meta.block_table is not None
+    assert meta.slots is not None
+    keys, values = cache
+    assert keys.stride() == values.stride()
+    num_seqs, heads, size = q_BHD.shape
+    kv_heads = keys.shape[2]
+    work = _Work.of(q_BHD, num_seqs, kv_heads, window, tile)
+    launch: Any = _decode_kernel[(num_seqs, kv_heads, work.splits)]
+    launch(
+        q_BHD, k_BKD, v_BKD, rope.positions_T, rope.inv_freq_R, meta.slots, keys, values, meta.block_table, meta.lens_k,
+        work.out, work.part_out, work.part_lse, work.counters, size**-0.5 * LOG2E, window or 0,
+        q_BHD.stride(0), q_BHD.stride(1), k_BKD.stride(0), k_BKD.stride(1), v_BKD.stride(0), v_BKD.stride(1),
+        keys.stride(0), keys.stride(1), keys.stride(2), meta.block_table.stride(0),
+        H=heads, G=heads // kv_heads, D=size, R=size // 2, P=keys.shape[1],
+        M=max(16, triton.next_power_of_2(heads // kv_heads)), **work.options,
+    )  # fmt: skip
+    return work.out
 
 
-def paged_attention(q_THD: Tensor, meta: AttnMeta, cache: KVCache, window: int | None, max_q: int) -> Tensor:
+def paged_attention(
+    q_THD: Tensor, meta: AttnMeta, cache: KVCache, window: int | None, max_q: int, tile: Tile | None = None
+) -> Tensor:
     """Attention of at most `max_q` queries a sequence over its pages; [T, H, D] in q's dtype. No host wait."""
     assert meta.lens_k is not None
     assert meta.block_table is not None
     keys, values = cache
     assert keys.stride() == values.stride()
-    num_tokens, heads, size = q_THD.shape
+    heads, size = q_THD.shape[1:]
     num_seqs, kv_heads = meta.lens_k.numel(), keys.shape[2]
     group = heads // kv_heads
-    splits = INVARIANT_SPLITS if batch_invariant() else num_splits(num_seqs * kv_heads, _multiprocessors(q_THD.device))
-    out = torch.empty((num_tokens, heads, size), dtype=q_THD.dtype, device=q_THD.device)
-    part_out = part_lse = out
-    if splits > 1:
-        part_out = torch.empty((num_tokens, heads, splits, size), dtype=torch.float32, device=q_THD.device)
-        part_lse = torch.empty((num_tokens, heads, splits), dtype=torch.float32, device=q_THD.device)
-    launch: Any = _part_kernel[(num_seqs, kv_heads, splits)]
+    work = _Work.of(q_THD, num_seqs, kv_heads, window, tile)
+    launch: Any = _part_kernel[(num_seqs, kv_heads, work.splits)]
     launch(
-        q_THD, keys, values, meta.block_table, meta.lens_k, meta.cu_q, out, part_out, part_lse,
-        size**-0.5 * 1.4426950408889634, window or 0,
+        q_THD, keys, values, meta.block_table, meta.lens_k, meta.cu_q,
+        work.out, work.part_out, work.part_lse, work.counters, size**-0.5 * LOG2E, window or 0,
         q_THD.stride(0), q_THD.stride(1), keys.stride(0), keys.stride(1), keys.stride(2), meta.block_table.stride(0),
-        H=heads, G=group, D=size, P=keys.shape[1], M=max(16, triton.next_power_of_2(max_q * group)), N=64,
-        SPLITS=splits, SINGLE=max_q == 1, WINDOWED=window is not None, num_warps=4, num_stages=3,
+        H=heads, G=group, D=size, P=keys.shape[1], M=max(16, triton.next_power_of_2(max_q * group)), **work.options,
     )  # fmt: skip
-    if splits > 1:
-        merge: Any = _merge_kernel[(num_tokens * heads,)]
-        merge(part_out, part_lse, out, D=size, SPLITS=splits, num_warps=2)
-    return out
+    return work.out
+
+
+@dataclass(slots=True)
+class _Work:
+    """A launch's output and scratch memory, and the options that both kernels share."""
+
+    splits: int
+    out: Tensor
+    part_out: Tensor
+    part_lse: Tensor
+    counters: Tensor
+    options: dict[str, Any]
+
+    @staticmethod
+    def of(q_THD: Tensor, num_seqs: int, kv_heads: int, window: int | None, tile: Tile | None) -> _Work:
+        device, (num_tokens, heads, size) = q_THD.device, q_THD.shape
+        splits = num_splits(num_seqs * kv_heads, _multiprocessors(device))
+        if batch_invariant():
+            splits = INVARIANT_SPLITS
+        tile = tile or Tile()
+        out = torch.empty((num_tokens, heads, size), dtype=q_THD.dtype, device=device)
+        part_out = part_lse = counters = out
+        if splits > 1:
+            part_out = torch.empty((num_tokens, heads, splits, size), dtype=torch.float32, device=device)
+            part_lse = torch.empty((num_tokens, heads, splits), dtype=torch.float32, device=device)
+            counters = _counters(device, triton.next_power_of_2(num_seqs * kv_heads))
+        pdl = dependent_launch(device)
+        further = dict(
+            N=tile.keys, MIN=tile.min_keys, SPLITS=splits, WINDOWED=window is not None, USE_PDL=pdl,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, **options(pdl),
+        )  # fmt: skip
+        return _Work(splits, out, part_out, part_lse, counters, further)
 
 
 def num_splits(num_programs: int, multiprocessors: int) -> int:
-    """Power of two that gives about two programs a multiprocessor, at most 32."""
-    return max(1, min(32, triton.next_power_of_2(2 * multiprocessors // max(1, num_programs) + 1) // 2))
+    """Power of two that gives about two programs a multiprocessor, at most MAX_SPLITS."""
+    return max(1, min(MAX_SPLITS, triton.next_power_of_2(2 * multiprocessors // max(1, num_programs) + 1) // 2))
 
 
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+@functools.cache
+def _counters(device: torch.device, size: int) -> Tensor:
+    """Programs that have finished, for each sequence and key head; every launch leaves zeros. Launches on one stream
+    follow each other, so they share it."""
+    with torch.inference_mode(False):
+        return torch.zeros(size, dtype=torch.int32, device=device)

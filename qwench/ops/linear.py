@@ -45,7 +45,7 @@ def linear(
 
     In this order: RMSNorm of x where `norm` = (weight [D], eps) is given; the product with weight.T and the bias;
     silu(first half) * second half where `swiglu` (the weight is gate rows above up rows); `residual` added, of the
-    result's shape. Weights of another dtype are cast to x's. Leading dimensions of x other than one T are allowed.
+    result's shape (without a gradient it may be overwritten: use what is returned). Weights of another dtype are cast to x's. Leading dimensions of x other than one T are allowed.
     Differentiable (not "invariant", which raises ValueError for inputs that need a gradient).
     """
     return LINEAR.choose(x_TD.device)(x_TD, weight_ND, bias_N, norm, swiglu, residual, out_dtype)
@@ -110,7 +110,8 @@ def _fused(
     x_TD = x_TD if norm is None else rms_norm(x_TD, *norm)
     plain = bias_N is None and not swiglu
     if plain and residual is not None and residual.dtype == x_TD.dtype:
-        y_TN = torch.addmm(residual, x_TD, weight_ND.t())  # the sum is part of cuBLAS's epilogue, in fp32
+        # The sum is part of cuBLAS's epilogue, in fp32. In place, or it would copy the residual first.
+        y_TN = residual.addmm_(x_TD, weight_ND.t())
         return y_TN if out_dtype is None else y_TN.to(out_dtype)
     if plain and residual is None and out_dtype == torch.float32 and x_TD.is_cuda:
         return torch.mm(x_TD, weight_ND.t(), out_dtype=torch.float32)

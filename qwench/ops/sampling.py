@@ -214,6 +214,7 @@ def _sample(logits_BV: Tensor, rows: SamplingRows, raw_BV: Tensor | None) -> tup
     settings = zip(
         rows.temperature.tolist(), rows.top_k.tolist(), rows.top_p.tolist(), rows.min_p.tolist(), strict=True
     )
+    first_B, second_B = row_keys(rows.seeds, rows.steps)
     tokens = []
     for b, (temperature, *filters) in enumerate(settings):
         logits_V = logits_BV[b, : rows.vocab_size].float()
@@ -229,7 +230,7 @@ def _sample(logits_BV: Tensor, rows: SamplingRows, raw_BV: Tensor | None) -> tup
         if logits_N.numel() == 0:
             tokens.append(ids_N.new_zeros(()))
             continue
-        noise_N = exponential(noise_bits(rows.seeds[b], rows.steps[b], ids_N)).log_()
+        noise_N = exponential(_mix(ids_N ^ first_B[b], second_B[b])).log_()
         scores_N = (logits_N - largest).mul_(cold).sub_(noise_N)
         tokens.append(ids_N[scores_N.nan_to_num_(nan=float("-inf")).argmax()])  # NaN: the whole row is -inf
     tokens_B = torch.stack(tokens)

@@ -9,7 +9,8 @@ stream still runs, and waits (`gdc_wait`) before it touches what others write. E
 rules, because "the one before" may itself have started early and still be waiting for its predecessor:
 
 1. every program executes `gdc_wait` exactly once, also one with nothing to do;
-2. before the wait it reads nothing but constants: weights, frequencies, never activations, positions or caches;
+2. before the wait it reads nothing but constants: weights, frequencies, never activations, positions or caches (so
+   whoever changes weights synchronises, or lets an ordinary kernel run, before the next step is launched);
 3. before the wait it writes nothing (an earlier kernel may still read the buffer);
 4. `gdc_launch_dependents` may come at any point, as the next kernel's own wait covers this one's completion.
 

@@ -117,6 +117,8 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     async def health() -> Response:
         if service.traffic.draining:
             return JSONResponse({"status": "draining"}, 503)
+        if service.traffic.engine_failed:
+            return JSONResponse({"status": "failed"}, 503)
         return JSONResponse({"status": "ok"})
 
     @app.get("/metrics")

@@ -78,7 +78,7 @@ async def chat_completions(service: Service, request: ChatRequest, life: Life) -
         return EventStream(_events(service, request, jobs, head, bool(tools), life))
     usage = Usage(jobs, n)
     choices = []
-    for index, done in enumerate(await complete(engine, jobs, service.metrics, life)):
+    for index, done in enumerate(await complete(service, jobs, life)):
         usage.add(index, done)
         logprobs = None
         if request.logprobs:
@@ -142,7 +142,7 @@ async def _events(
     choices = [_Choice(tokenizer, index, with_tools, bool(request.logprobs)) for index in range(len(jobs))]
     for choice in choices:
         yield sse(head | {"choices": [choice.body({"role": "assistant", "content": "", "refusal": None})]})
-    async with aclosing(run(service.engine, jobs, service.metrics, life)) as chunks:
+    async with aclosing(run(service, jobs, life)) as chunks:
         async for index, chunk in chunks:
             choice = choices[index]
             if choice.queue is not None:

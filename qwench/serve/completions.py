@@ -73,7 +73,7 @@ async def completions(service: Service, request: CompletionRequest, life: Life) 
         return EventStream(_events(service, request, jobs, head, life))
     usage = Usage(jobs, n)
     choices = []
-    for index, done in enumerate(await complete(engine, jobs, service.metrics, life)):
+    for index, done in enumerate(await complete(service, jobs, life)):
         usage.add(index, done)
         logprobs = None
         if request.logprobs is not None:
@@ -90,7 +90,7 @@ async def _events(
     if with_usage:
         head = head | {"usage": None}
     queues = [LogprobQueue(tokenizer) for _ in jobs]
-    async with aclosing(run(service.engine, jobs, service.metrics, life)) as chunks:
+    async with aclosing(run(service, jobs, life)) as chunks:
         async for index, chunk in chunks:
             logprobs = None
             if request.logprobs is not None:

@@ -124,6 +124,8 @@ class Traffic:
     def __init__(self) -> None:
         self.lives: set[Life] = set()
         self.draining = False
+        self.engine_failed = False
+        """The engine has stopped for a reason that no request is to blame for; only a new process helps."""
 
     def end_all(self) -> None:
         """End every running request because the server stops."""
@@ -252,6 +254,8 @@ class _Reply:
             life = self.life
             life.status = message["status"]
             life.streaming = any(n == b"content-type" and v.startswith(b"text/event-stream") for n, v in headers)
+            if not life.streaming:
+                life.stack.close()  # before the answer, so that a client that asks again at once finds its place free
             headers += [(b"x-request-id", life.id.encode()), (b"x-content-type-options", b"nosniff")]
             message = {**message, "headers": headers}
         elif message["type"] == "http.response.body" and not message.get("more_body", False):

@@ -14,10 +14,9 @@ from typing import Any
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
-from qwench.engine import Engine
 from qwench.serve.errors import ApiError, server_error, value_error
 from qwench.serve.limits import LIFE, Life, sse
-from qwench.serve.metrics import Metrics
+from qwench.serve.service import Service
 from qwench.tokenizer import StreamDecoder, Tokenizer
 from qwench.types import Chunk, Completion, SamplingParams
 
@@ -37,36 +36,34 @@ class Job:
 
 
 # ------------------------------------------------------------------------------------------------------------ running
-async def run(engine: Engine, jobs: Sequence[Job], metrics: Metrics, life: Life) -> AsyncGenerator[tuple[int, Chunk]]:
+async def run(service: Service, jobs: Sequence[Job], life: Life) -> AsyncGenerator[tuple[int, Chunk]]:
     """The chunks of all answers as they come, each with the index of its job.
 
     Closing the generator gives up what is unfinished. Raises ApiError 503 if the engine itself gave an answer up.
     """
     try:
         one = len(jobs) == 1
-        source = _single(engine, jobs[0], metrics, life) if one else _merged(engine, jobs, metrics, life)
+        source = _single(service, jobs[0], life) if one else _merged(service, jobs, life)
         async with aclosing(source) as chunks:
             async for index, chunk in chunks:
                 yield index, chunk
     finally:
-        # Before the last bytes are sent, so that a client that asks again at once finds its place free.
+        # Before the last bytes of a stream are sent, so that a client that asks again at once finds its place free.
         life.stack.close()
 
 
-async def _single(engine: Engine, job: Job, metrics: Metrics, life: Life) -> AsyncGenerator[tuple[int, Chunk]]:
-    async with aclosing(_timed(engine, job, metrics, life)) as chunks:
+async def _single(service: Service, job: Job, life: Life) -> AsyncGenerator[tuple[int, Chunk]]:
+    async with aclosing(_timed(service, job, life)) as chunks:
         async for chunk in chunks:
             yield 0, chunk
 
 
-async def _merged(
-    engine: Engine, jobs: Sequence[Job], metrics: Metrics, life: Life
-) -> AsyncGenerator[tuple[int, Chunk]]:
+async def _merged(service: Service, jobs: Sequence[Job], life: Life) -> AsyncGenerator[tuple[int, Chunk]]:
     queue: asyncio.Queue[tuple[int, Chunk | BaseException]] = asyncio.Queue()
 
     async def feed(index: int, job: Job) -> None:
         try:
-            async with aclosing(_timed(engine, job, metrics, life)) as chunks:
+            async with aclosing(_timed(service, job, life)) as chunks:
                 async for chunk in chunks:
                     queue.put_nowait((index, chunk))
         except BaseException as error:
@@ -88,24 +85,24 @@ async def _merged(
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _timed(engine: Engine, job: Job, metrics: Metrics, life: Life) -> AsyncGenerator[Chunk]:
+async def _timed(service: Service, job: Job, life: Life) -> AsyncGenerator[Chunk]:
     """The chunks of one answer, with their times noted."""
     last: float | None = None
-    async with aclosing(_answer(engine, job)) as chunks:
+    async with aclosing(_answer(service, job)) as chunks:
         async for chunk in chunks:
             if chunk.completion is not None and chunk.completion.finish_reason == "abort":
                 raise ApiError(503, "the engine gave this answer up; send the request again")
             now = time.monotonic()
             if last is None:
-                metrics.first_token_seconds.observe(now - life.started)
+                service.metrics.first_token_seconds.observe(now - life.started)
             elif chunk.token_ids:
-                metrics.inter_token_seconds.observe((now - last) / len(chunk.token_ids))
+                service.metrics.inter_token_seconds.observe((now - last) / len(chunk.token_ids))
             last = now
             yield chunk
 
 
-async def _answer(engine: Engine, job: Job) -> AsyncGenerator[Chunk]:
-    chunks = engine.astream(job.prompt, job.params)
+async def _answer(service: Service, job: Job) -> AsyncGenerator[Chunk]:
+    chunks = service.engine.astream(job.prompt, job.params)
     assert isinstance(chunks, AsyncGenerator)  # so it can be closed, which frees the cache
     try:
         async with aclosing(chunks):
@@ -114,12 +111,15 @@ async def _answer(engine: Engine, job: Job) -> AsyncGenerator[Chunk]:
     except ValueError as error:
         # The engine's word for a request that cannot go on, such as a grammar that became too expensive on the way.
         raise value_error(str(error)) from None
+    except RuntimeError:
+        service.traffic.engine_failed = True
+        raise
 
 
-async def complete(engine: Engine, jobs: Sequence[Job], metrics: Metrics, life: Life) -> list[Completion]:
+async def complete(service: Service, jobs: Sequence[Job], life: Life) -> list[Completion]:
     """The whole answers, in the order of the jobs."""
     done: dict[int, Completion] = {}
-    async with aclosing(run(engine, jobs, metrics, life)) as chunks:
+    async with aclosing(run(service, jobs, life)) as chunks:
         async for index, chunk in chunks:
             if chunk.completion is not None:
                 done[index] = chunk.completion

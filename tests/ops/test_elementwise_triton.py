@@ -63,7 +63,7 @@ def nearly_equal(got: Tensor, want: Tensor) -> None:
 def test_rms_norm(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     x = torch.randn(shape, device=DEVICE).to(dtype) * 3
-    weight = torch.rand(shape[-1], device=DEVICE) + 0.5
+    weight = (torch.rand(shape[-1]) + 0.5).to(DEVICE)
     with forced({"rms_norm": "reference"}):
         want = rms_norm(x, weight, 1e-5)
     with forced({"rms_norm": "triton"}):

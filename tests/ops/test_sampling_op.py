@@ -22,7 +22,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qwench.engine.sampling import draw, filtered_probabilities, kept_tokens, penalised
-from qwench.ops import sampling
 from qwench.ops.dispatch import OPERATIONS, forced
 from qwench.ops.sampling import (
     IN_PROMPT,
@@ -203,7 +202,7 @@ FILTERS = [
 @pytest.mark.parametrize("by", ["seed", "step"])
 @pytest.mark.parametrize("params", FILTERS)
 def test_draws_follow_the_probabilities(params: SamplingParams, by: str) -> None:
-    num, size = 3000, 12
+    num, size = 2000, 12
     logits = random_logits(1, (size,), 1.5).bfloat16().float()
     logits[3] = logits[7]
     numbers, fixed = torch.arange(num), torch.full((num,), 11)
@@ -216,10 +215,10 @@ def test_draws_follow_the_probabilities(params: SamplingParams, by: str) -> None
 
 @pytest.mark.parametrize("shift", [(1, 0), (0, 1)])
 def test_draws_of_neighbouring_seeds_and_steps_are_independent(shift: tuple[int, int]) -> None:
-    num, size = 6000, 5
+    num, size = 4000, 5
     logits = random_logits(2, (size,), 1.0)
     probs = logits.double().softmax(0)
-    seeds, steps = torch.arange(num) % 60, torch.arange(num) // 60
+    seeds, steps = torch.arange(num) % 50, torch.arange(num) // 50
     pairs = []
     for d in (0, 1):
         rows = same_row(SamplingParams(), size, seeds + d * shift[0], steps + d * shift[1])
@@ -254,7 +253,7 @@ def test_equals_stay_equal_at_any_temperature(temperature: float) -> None:
     masked=st.sampled_from([0.0, 0.5]),
     temperature=st.sampled_from([0.0, 1e-38, 0.3, 1.0, 2.0, 1e9]),
     top_k=st.sampled_from([0, 1, 2, 20, 699, 700, 1000]),
-    top_p=st.sampled_from([1.0, 0.999, 0.8, 0.5, 1e-6]),
+    top_p=st.sampled_from([1.0, 0.999, 0.7931, 0.5113, 1e-6]),  # no round shares of equally likely tokens
     min_p=st.sampled_from([0.0, 0.02, 0.5, 1.0]),
 )
 def test_the_reference_draws_as_the_oracle_does(
@@ -363,7 +362,7 @@ def test_penalties_are_those_of_the_oracle(seed, prompt, answer, repetition, pre
 
 def counting(slots: list[int], tokens: list[int], start: Tensor) -> Tensor:
     counts = start.clone().to(DEVICE)
-    count_(counts, torch.tensor(slots, device=DEVICE), torch.tensor(tokens, device=DEVICE))
+    count_(counts, *torch.tensor([slots, tokens], dtype=torch.int64, device=DEVICE))
     return counts.cpu()
 
 
@@ -448,31 +447,33 @@ def compare(
 
 
 @kernels
-@pytest.mark.parametrize("size", [1, 2, 130, 2048, 3001])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("size", "dtype"), [(1, torch.float32), (130, torch.bfloat16), (2048, torch.float32), (3001, torch.bfloat16)]
+)
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("params", [MIXED, PLAIN], ids=["mixed", "plain"])
-def test_kernel_sample(params: list[SamplingParams], dtype: torch.dtype, size: int) -> None:
-    """bf16 logits have many ties; the last ids have no token; half of the second batch is masked."""
-    for seed in range(2):
-        logits = random_logits(seed, (len(params), size)).to(dtype)
-        if seed:
-            logits[random_logits(7, (len(params), size)) < 0] = -INF
-            logits[:, size // 2] = 1.0  # no row without any token
-        logits[:, max(1, size - 9) :] += 30
-        compare(logits, params, max(1, size - 9), seed=seed * 1000 - 7, step=seed)
+def test_kernel_sample(params: list[SamplingParams], masked: bool, size: int, dtype: torch.dtype) -> None:
+    """bf16 logits have many ties; the last ids have no token."""
+    logits = random_logits(size, (len(params), size)).to(dtype)
+    if masked:
+        logits[random_logits(7, (len(params), size)) < 0] = -INF
+        logits[:, size // 2] = 1.0  # no row without any token
+    logits[:, max(1, size - 9) :] += 30
+    compare(logits, params, max(1, size - 9), seed=-7, step=size)
 
 
 @kernels
 @pytest.mark.parametrize("params", [MIXED[5], MIXED[3], MIXED[4], MIXED[9]])
 def test_kernel_filters_keep_the_same_tokens(params: SamplingParams) -> None:
-    """Forty draws from one row see the edges of the filter; all lie inside."""
+    """Several draws from one row see the edges of the filter (the interpreter has time for few); all lie inside."""
+    num = 4 if interpreted() else 500
     logits = random_logits(11, (2500,), 2.0).bfloat16().float()
-    got = compare(logits.expand(40, -1).contiguous(), [params] * 40, 2500)
+    got = compare(logits.expand(num, -1).contiguous(), [params] * num, 2500)
     assert bool(kept_tokens(logits, params)[got.cpu()].all())
 
 
 @kernels
-@pytest.mark.parametrize("top", [1, 2, 700, 2999])
+@pytest.mark.parametrize("top", [2, 700])
 def test_kernel_ties(top: int) -> None:
     """`top` tokens share the largest logit, at the end of the row; the others share another."""
     logits = torch.zeros(len(MIXED), 3000)
@@ -573,13 +574,13 @@ def test_kernel_mask(size: int) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 @pytest.mark.skipif(interpreted(), reason="this is that process")
 def test_the_kernels_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "test_kernel", __file__]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "test_kernel", __file__]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     found = re.search(r"(\d+) passed", done.stdout)
     assert found is not None
-    assert int(found[1]) >= 40
+    assert int(found[1]) >= 30
     assert "skipped" in done.stdout, "the GPU tests among them"
 
 

@@ -47,19 +47,19 @@ def engine(tiny_model_dir: Path) -> Iterator[Engine]:
 
 @pytest.fixture(scope="session")
 def start_server(engine: Engine) -> Iterator[Callable[..., Running]]:
-    """Start a server; keyword arguments are `ServeConfig`'s, and `defaults`. All are stopped at the end."""
+    """Start a server of the tiny model or another engine; further keyword arguments are `ServeConfig`'s."""
     started: list[tuple[Server, threading.Thread]] = []
 
-    def start(*, defaults: SamplingDefaults | None = None, **settings: Any) -> Running:
-        config = ServeConfig(**({"model_names": (NAME,), "drain_timeout_s": 5.0} | settings))
-        server = Server(create_app(engine, config, defaults))
+    def start(*, served: Engine | None = None, defaults: SamplingDefaults | None = None, **settings: Any) -> Running:
+        chosen: dict[str, Any] = {"model_names": (NAME,), "drain_timeout_s": 5.0} | settings
+        server = Server(create_app(served or engine, ServeConfig(**chosen), defaults))
         bound = bind("127.0.0.1", 0)
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[bound])), daemon=True)
         thread.start()
         started.append((server, thread))
         wait_until(lambda: server.started or not thread.is_alive(), "the server to start")
         assert server.started
-        return Running(url_of(bound, "127.0.0.1"), engine, server)
+        return Running(url_of(bound, "127.0.0.1"), served or engine, server)
 
     yield start
     for server, _ in started:

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from served import NAME, Running
+
+from qwench.engine import Engine
 
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -246,19 +250,24 @@ def test_after_all_this_nothing_is_left_behind(running: Running) -> None:
     assert running.is_idle()
 
 
-def test_a_failure_of_ours_tells_nothing_of_itself(
-    running: Running, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_an_engine_that_has_stopped(
+    start_server: Callable[..., Running], tiny_model_dir: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The one place where something is replaced: there is no honest way to make the engine fail."""
-
-    def fail(*args: object) -> None:
-        raise RuntimeError("secret path /home/someone")
-
-    monkeypatch.setattr(running.engine, "validate", fail, raising=True)
-    response = running.post(CHAT, {"model": NAME, "messages": MESSAGES})
+    """Clients hear of a failure and nothing of its cause; the health check tells who can start a new process."""
+    engine = Engine(tiny_model_dir, "cpu", "float32")
+    server = start_server(served=engine)
+    assert server.get("/health").status_code == 200
+    engine.close()
+    body = {"model": NAME, "messages": MESSAGES}
+    response = server.post(CHAT, body)
     error = error_of(response, 500)
     assert error["type"] == "server_error"
-    assert "secret" not in response.text
+    assert "engine" not in response.text
     assert response.headers["x-request-id"] in error["message"]
-    assert "secret path" in caplog.text, "the log has the cause"
-    assert running.service.slots.in_use == 0
+    assert response.headers["x-request-id"] in caplog.text
+    assert "the engine is closed" in caplog.text, "the log has the cause"
+    assert server.get("/health").status_code == 503
+    events = server.post(CHAT, body | {"stream": True}).text.strip().split("\n\n")
+    assert json.loads(events[-1].removeprefix("data: "))["error"]["type"] == "server_error"
+    assert "engine" not in events[-1]
+    assert server.service.slots.in_use == 0

@@ -19,7 +19,7 @@ from qwench.types import SamplingParams
 CHAT = "/v1/chat/completions"
 MESSAGES: list[Any] = [{"role": "user", "content": "Hi"}]
 ENDLESS: dict[str, Any] = {
-    "model": NAME, "messages": MESSAGES, "temperature": 0, "ignore_eos": True, "max_tokens": 1500
+    "model": NAME, "messages": MESSAGES, "temperature": 0, "ignore_eos": True, "max_tokens": 30_000
 }  # fmt: skip
 """Takes far longer than what the tests below do meanwhile."""
 

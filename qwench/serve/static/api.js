@@ -15,6 +15,8 @@ export class ApiError extends Error {
   }
 }
 
+const TYPES = { invalid_request_error: "bad", authentication_error: "auth", rate_limit_error: "busy" };
+
 const headers = (key) => ({ "Content-Type": "application/json", ...(key ? { Authorization: `Bearer ${key}` } : {}) });
 
 function kindOf(status, code) {
@@ -94,7 +96,8 @@ export async function streamChat(body, { key, signal, onChunk }) {
     for await (const data of events(response.body)) {
       if (data === "[DONE]") return;
       const chunk = JSON.parse(data);
-      if (chunk.error) throw new ApiError(kindOf(chunk.error.status ?? 500, chunk.error.code), String(chunk.error.message ?? ""));
+      // the status was sent long ago, so the error's type has to say it
+      if (chunk.error) throw new ApiError(TYPES[chunk.error.type] ?? "server", String(chunk.error.message ?? ""));
       onChunk(chunk);
     }
   } catch (error) {
