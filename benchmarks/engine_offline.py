@@ -55,7 +55,9 @@ def main() -> None:
         "shape": args.shape, "gpu": torch.cuda.get_device_name(), "settings": settings,
         "start_s": round(time.perf_counter() - started, 2), "cache_tokens": engine.cache_tokens,
     }  # fmt: skip
-    weights = sum(p.numel() for name, p in model.named_parameters() if "embed_tokens" not in name or config.tie_word_embeddings)
+    weights = sum(
+        p.numel() for name, p in model.named_parameters() if "embed_tokens" not in name or config.tie_word_embeddings
+    )
     with engine:
         for case in args.cases:
             figures[case] = {"single": single, "throughput": throughput, "batch": batch, "ttft": ttft}[case](

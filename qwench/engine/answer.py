@@ -30,7 +30,6 @@ class Answer:
         self._reads = streaming or bool(self._stops)
         self._decoder = StreamDecoder(tokenizer)
         self._text, self._sent_text, self._sent_tokens = "", 0, 0
-        self._longest_stop = max((len(stop) for stop in self._stops), default=0)
 
     def push(self, token: int, logprob: float, top: dict[int, float] | None = None) -> bool:
         """Add a token; whether the answer has ended."""
@@ -49,18 +48,31 @@ class Answer:
             return self._end("length")
         return False
 
+    def extend(self, tokens: list[int], logprobs: list[float]) -> bool:
+        """Add several tokens, those after the answer's end excepted; whether it has ended."""
+        if self._stops or not self.ends.isdisjoint(tokens) or len(self.token_ids) + len(tokens) >= self.limit:
+            return any(self.push(token, logprob) for token, logprob in zip(tokens, logprobs, strict=True))
+        self.token_ids += tokens
+        self.logprobs += logprobs
+        if self._reads:
+            self._text += "".join(map(self._decoder.push, tokens))
+        return False
+
+    def stop(self) -> bool:
+        """End the answer here, as a finished grammar does."""
+        return self._end("stop") if self.finish is None else True
+
     def _cut(self, num_new: int) -> bool:
-        """Cut the text at the first stop string, if one has just become complete."""
-        # Before min_tokens nothing was looked for, so a stop string may lie further back than the new piece.
-        start = 0 if len(self.token_ids) == self.params.min_tokens else len(self._text) - num_new - self._longest_stop
-        found = [at for stop in self._stops if (at := self._text.find(stop, max(0, start))) >= 0]
+        """Cut the text at the first stop string that the last `num_new` characters have completed."""
+        before = len(self._text) - num_new
+        found = [at for stop in self._stops if (at := self._text.find(stop, max(0, before - len(stop) + 1))) >= 0]
         if found:
             self._text = self._text[: min(found)]
         return bool(found)
 
     def _end(self, reason: FinishReason, *, flush: bool = True) -> bool:
         if not self._reads:
-            kept = self.token_ids[:-1] if reason == "stop" else self.token_ids
+            kept = self.token_ids[:-1] if self.token_ids and self.token_ids[-1] in self.ends else self.token_ids
             self._text = self._tokenizer.decode(kept, skip_special=True)
         elif flush:
             self._text += self._decoder.flush()

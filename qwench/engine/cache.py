@@ -36,7 +36,9 @@ class CacheShape:
         return [(layer[0], layer[1]) for layer in whole.view(self.dtype)]
 
 
-def cache_shape(model: ModelConfig, config: EngineConfig, dtype: torch.dtype, kv_heads: int | None = None) -> CacheShape:
+def cache_shape(
+    model: ModelConfig, config: EngineConfig, dtype: torch.dtype, kv_heads: int | None = None
+) -> CacheShape:
     kept = torch.float8_e4m3fn if config.cache_dtype == "fp8" else dtype
     return CacheShape(
         model.num_hidden_layers, config.block_size, kv_heads or model.num_key_value_heads, model.d_head, kept

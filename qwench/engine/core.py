@@ -15,14 +15,17 @@ import torch
 
 from qwench.engine.blocks import BlockPool
 from qwench.engine.config import EngineConfig
-from qwench.engine.draw import Extras, mode_of, needs_host
+from qwench.engine.draw import Extras, mode_of
 from qwench.engine.runner import Flight, Pending, Runner
 from qwench.engine.scheduler import NeedsDrain, Scheduler, Step
 from qwench.engine.sequence import Sequence
 from qwench.ops.dispatch import batch_invariant_kernels
 
+
 class Core:
-    def __init__(self, runner: Runner, pool: BlockPool, config: EngineConfig, max_seqs: int, max_step_tokens: int) -> None:
+    def __init__(
+        self, runner: Runner, pool: BlockPool, config: EngineConfig, max_seqs: int, max_step_tokens: int
+    ) -> None:
         self.runner, self.pool, self.config = runner, pool, config
         self.scheduler = Scheduler(
             pool, max_seqs, max_step_tokens, config.decode_steps, deterministic=config.deterministic
@@ -70,7 +73,7 @@ class Core:
             return self.scheduler.plan(in_flight=False, max_steps=self._max_steps())
 
     def _max_steps(self) -> int:
-        return 1 if any(needs_host(s.params) for s in self.scheduler.running) else self.config.decode_steps
+        return 1 if any(s.needs_host for s in self.scheduler.running) else self.config.decode_steps
 
     def _drain(self) -> None:
         if self._flight is not None:
@@ -94,8 +97,7 @@ class Core:
     def _launch(self, step: Step, before: Flight | None) -> tuple[Flight, Flight | None]:
         """The step's flight, and the earlier flight if it is still unread."""
         runner, everyone = self.runner, step.decodes + [s for s, _, _ in step.chunks]
-        mode = mode_of(s.params for s in everyone)
-        special = any(needs_host(s.params) for s in everyone)
+        mode, special = mode_of(everyone), any(s.needs_host for s in everyone)
         if not step.chunks and not special:
             return runner.decode(step, mode), before
         pending = runner.forward_mixed(step) if step.chunks else runner.forward_decode(step)
@@ -110,26 +112,47 @@ class Core:
     def _extras(self, pending: Pending) -> Extras:
         extras = Extras()
         constrained: list[tuple[int, Sequence]] = []
+        banned: list[tuple[int, Sequence]] = []
         for row, sequence in enumerate(pending.sequences):
             params = sequence.params
             if sequence.is_finished:
                 continue
             extras.edits += [(row, token, value) for token, value in params.logit_bias.items()]
-            if sequence.num_launched <= params.min_tokens and params.min_tokens:
-                extras.edits += [(row, token, float("-inf")) for token in sequence.answer.ends]
+            if sequence.num_launched <= params.min_tokens:
+                banned.append((row, sequence))
             extras.num_top = max(extras.num_top, params.top_logprobs)
             if sequence.matcher is not None:
                 constrained.append((row, sequence))
         if constrained:
             extras.masked = [row for row, _ in constrained]
             extras.masks = self._masks([sequence for _, sequence in constrained])
+        only_end = self._rows_that_must_end(constrained, extras.masks)
+        for row, sequence in banned:
+            if row not in only_end:
+                extras.edits += [(row, token, float("-inf")) for token in sequence.answer.ends if token < self._num_ids]
         return extras
+
+    @property
+    def _num_ids(self) -> int:
+        return self.runner.model.config.vocab_size
+
+    @staticmethod
+    def _rows_that_must_end(constrained: list[tuple[int, Sequence]], masks: np.ndarray | None) -> set[int]:
+        """Rows whose grammar allows nothing but end tokens; min_tokens cannot forbid those."""
+        if masks is None:
+            return set()
+        allowed = np.bitwise_count(masks.view(np.uint32)).sum(1)
+        return {
+            row
+            for (row, sequence), mask, count in zip(constrained, masks, allowed, strict=True)
+            if count == sum(bool(mask[t // 32] >> (t % 32) & 1) for t in sequence.answer.ends if t // 32 < len(mask))
+        }
 
     def _masks(self, sequences: list[Sequence]) -> np.ndarray:
         """What each grammar allows next, [sequences, V / 32] int32. One that fails ends its sequence only."""
         from qwench.engine.grammar import fill_masks  # llguidance is loaded when the first grammar comes
 
-        masks = np.zeros((len(sequences), -(-self.runner.model.config.vocab_size // 32)), np.int32)
+        masks = np.zeros((len(sequences), -(-self._num_ids // 32)), np.int32)
         matchers = [sequence.matcher for sequence in sequences if sequence.matcher is not None]
         try:
             fill_masks(matchers, list(masks))
@@ -154,23 +177,33 @@ class Core:
             if sequence.is_finished:
                 continue
             num_before = len(sequence.outputs)
-            for line, values in zip(tokens, logprobs, strict=True):
-                if sequence.num_to_skip:
-                    sequence.num_to_skip -= 1
-                    continue
-                best = None
-                if sequence.params.top_logprobs and top is not None:
-                    count = sequence.params.top_logprobs
-                    best = dict(zip(top[0][column][:count], top[1][column][:count], strict=True))
-                if sequence.matcher is not None:
-                    sequence.matcher.consume(line[column])
-                if sequence.answer.push(line[column], values[column], best):
-                    break
+            line, values = tokens[column], logprobs[column]
+            if sequence.num_to_skip:
+                skipped = min(sequence.num_to_skip, len(line))
+                sequence.num_to_skip -= skipped
+                line, values = line[skipped:], values[skipped:]
+            if sequence.needs_host:
+                self._push_one(sequence, line, values, None if top is None else (top[0][column], top[1][column]))
+            else:
+                sequence.answer.extend(line, values)
             self.num_generated += len(sequence.outputs) - num_before
             if sequence.is_finished:
                 self._leave(sequence)
             elif sequence.sink is not None and len(sequence.outputs) > num_before:
                 sequence.sink(sequence.answer.take())
+
+    def _push_one(
+        self, sequence: Sequence, line: list[int], values: list[float], top: tuple[list[int], list[float]] | None
+    ) -> None:
+        """The next token of a sequence whose grammar must hear of it, or that wants to see the likeliest ones."""
+        for token, logprob in zip(line, values, strict=True):
+            count = sequence.params.top_logprobs
+            best = dict(zip(top[0][:count], top[1][:count], strict=True)) if count and top is not None else None
+            ended = sequence.answer.push(token, logprob, best)
+            if sequence.matcher is not None and not ended:
+                sequence.matcher.consume(token)
+                if sequence.matcher.is_finished:
+                    sequence.answer.stop()
 
     def _leave(self, sequence: Sequence) -> None:
         self.scheduler.finish(sequence)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from qwench.engine.rows import RowState
-from qwench.ops.sampling import SamplingRows, add_bias_, count_, mask_, penalise, sample, uses_filters
-from qwench.types import SamplingParams
+from qwench.engine.sequence import Sequence
+from qwench.ops.sampling import SamplingRows, add_bias_, count_, mask_, penalise, sample
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,17 +42,8 @@ class Extras:
     num_top: int = 0
 
 
-def is_penalised(params: SamplingParams) -> bool:
-    return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0
-
-
-def needs_host(params: SamplingParams) -> bool:
-    """Each token needs something from the host before it can be drawn, or more of the logits afterwards."""
-    return bool(params.logit_bias or params.min_tokens or params.grammar or params.top_logprobs)
-
-
-def mode_of(params: Iterable[SamplingParams]) -> Mode:
-    wishes = [(uses_filters(p), is_penalised(p)) for p in params]
+def mode_of(sequences: Iterable[Sequence]) -> Mode:
+    wishes = [(s.filtered, s.penalised) for s in sequences]
     return Mode(filtered=any(f for f, _ in wishes), penalised=any(p for _, p in wishes))
 
 

@@ -13,17 +13,23 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from decimal import Decimal, InvalidOperation
-from functools import cache
-from typing import Any, get_args
+from functools import cache, lru_cache
+from typing import TYPE_CHECKING, Any, get_args
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from qwench.types import Grammar, GrammarKind
 
+if TYPE_CHECKING:
+    from llguidance._lib import JsonCompileOptions
+
 JSON_WHITESPACE = r" |\n( {0,64}|\t{0,16})"
 """What may stand, at most once, between two tokens of JSON: a blank, or a line end and the indentation after it. Both
 `{"a": 1}` and indented JSON fit; a model that writes blanks for ever does not."""
-JSON_OPTIONS = {"whitespace_pattern": JSON_WHITESPACE, "json_allow_general_unicode_escapes": True}
+JSON_OPTIONS: JsonCompileOptions = {
+    "whitespace_pattern": JSON_WHITESPACE,
+    "json_allow_general_unicode_escapes": True,
+}
 """llguidance's options for JSON. Any character may be written as \\uXXXX, as JSON has it."""
 
 MAX_GRAMMAR_CHARS = 1 << 18
@@ -187,7 +193,11 @@ def compile_guarded(build: Callable[[], LLMatcher], kind: str) -> tuple[LLMatche
 
 def check_schema(schema: Any) -> None:
     """Raises GrammarError if a JSON schema uses what cannot be constrained, whatever the vocabulary."""
-    lowered = _lower_schema(schema)
+    _check_lowered(_lower_schema(schema))
+
+
+@lru_cache(maxsize=512)
+def _check_lowered(lowered: str) -> None:
     compile_guarded(lambda: LLMatcher(_bytes_alone(), lowered, limits=LIMITS, log_level=0), "json_schema")
 
 

@@ -97,4 +97,3 @@ def _floats(params: SamplingParams) -> list[Any]:
         params.temperature, params.top_p, params.min_p,
         params.repetition_penalty, params.presence_penalty, params.frequency_penalty,
     ]  # fmt: skip
-

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qwench.engine.config import EngineConfig
-from qwench.engine.draw import Extras, Mode, draw, is_penalised
+from qwench.engine.draw import Extras, Mode, draw
 from qwench.engine.graphs import DecodeGraphs
 from qwench.engine.rows import RowState
 from qwench.engine.scheduler import Step
@@ -44,10 +44,10 @@ class Flight:
     prompt_logprobs: list[tuple[Sequence, Tensor]] = field(default_factory=list)
 
     def wait(self) -> tuple[list[list[int]], list[list[float]]]:
-        """Tokens and log-probabilities, step by step."""
+        """Tokens and log-probabilities by column, each a list over the steps."""
         if self.event is not None:
             self.event.synchronize()
-        return self.tokens.tolist(), self.logprobs.tolist()
+        return self.tokens.T.tolist(), self.logprobs.T.tolist()
 
 
 @dataclass(slots=True)
@@ -84,7 +84,7 @@ class Runner:
     # ------------------------------------------------------------------------------------------------------- rows
     def admit(self, sequences: list[Sequence]) -> None:
         self.rows.admit(sequences)
-        if penalised := [s for s in sequences if is_penalised(s.params)]:
+        if penalised := [s for s in sequences if s.penalised]:
             self._count_known(penalised)
 
     def _count_known(self, sequences: list[Sequence]) -> None:
@@ -93,7 +93,9 @@ class Runner:
             self.counts_RV = torch.zeros(shape, dtype=torch.int16, device=self.device)
         for sequence in sequences:
             answer = torch.tensor(sequence.outputs[: sequence.num_kept], dtype=torch.int64)
-            start_counts_(self.counts_RV, sequence.slot, self.upload(torch.tensor(sequence.prompt)), self.upload(answer))
+            start_counts_(
+                self.counts_RV, sequence.slot, self.upload(torch.tensor(sequence.prompt)), self.upload(answer)
+            )
 
     def wants_compact(self, num_rows: int, num_live: int) -> bool:
         """Whether decoding `num_live` sequences in the first `num_rows` rows wastes work."""
@@ -152,7 +154,9 @@ class Runner:
             num_keys=int(lens[num_decodes:].sum()),
         )
         hidden_TD = self.model(tokens_T, positions_T, meta, self.caches)
-        ready = list(range(num_decodes)) + [num_decodes + i for i, (s, _, _) in enumerate(chunks) if not s.is_prefilling]
+        ready = list(range(num_decodes)) + [
+            num_decodes + i for i, (s, _, _) in enumerate(chunks) if not s.is_prefilling
+        ]
         last = cu_q[1:] - 1
         chosen = self.upload(torch.from_numpy(np.concatenate([last[ready], slot_rows[ready]]).astype(np.int64)))
         last_B, rows_B = chosen.chunk(2)
@@ -165,7 +169,9 @@ class Runner:
             prompt_logprobs=self._prompt_logprobs(chunks, hidden_TD[num_decodes:]),
         )
 
-    def _prompt_logprobs(self, chunks: list[tuple[Sequence, int, int]], hidden_TD: Tensor) -> list[tuple[Sequence, Tensor]]:
+    def _prompt_logprobs(
+        self, chunks: list[tuple[Sequence, int, int]], hidden_TD: Tensor
+    ) -> list[tuple[Sequence, Tensor]]:
         """Log-probability of each prompt token that the rows of this step predict."""
         found: list[tuple[Sequence, Tensor]] = []
         at = 0
@@ -290,6 +296,15 @@ class Runner:
     def rehearse(self, num_tokens: int) -> None:
         """The largest step there can be, without a cache, so that its memory can be measured."""
         tokens_T = torch.zeros(num_tokens, dtype=torch.int64, device=self.device)
-        hidden_TD = self.model(tokens_T, torch.arange(num_tokens, device=self.device), AttnMeta.packed([num_tokens], self.device))
+        hidden_TD = self.model(
+            tokens_T, torch.arange(num_tokens, device=self.device), AttnMeta.packed([num_tokens], self.device)
+        )
         num_rows = min(self.max_seqs, num_tokens)
-        draw(self.model.lm_head(hidden_TD[:num_rows]), self.rows, slice(0, num_rows), Mode(filtered=True), None, self.vocab_size)
+        draw(
+            self.model.lm_head(hidden_TD[:num_rows]),
+            self.rows,
+            slice(0, num_rows),
+            Mode(filtered=True),
+            None,
+            self.vocab_size,
+        )

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING
 
 from qwench.engine.answer import Answer
 from qwench.engine.blocks import prefix_hashes
+from qwench.ops.sampling import uses_filters
 from qwench.types import Chunk, SamplingParams
 
 if TYPE_CHECKING:
     from qwench.engine.grammar import Matcher
+
 
 class Sequence:
     """The device runs ahead of what the host has read: `num_computed` positions have keys in the cache, and
@@ -27,6 +29,9 @@ class Sequence:
         self.on_end: Callable[[], None] = lambda: None
         self.on_failure: Callable[[BaseException], None] = lambda failure: None
         self.matcher: Matcher | None = None
+        self.penalised, self.filtered = is_penalised(params), uses_filters(params)
+        self.needs_host = bool(params.logit_bias or params.min_tokens or params.grammar or params.top_logprobs)
+        """Each token needs something from the host before it can be drawn, or more of the logits afterwards."""
         self.slot = -1
         """Its row in the device's state while it runs."""
         self.admission = -1
@@ -73,3 +78,7 @@ class Sequence:
     def update_hashes(self, block_size: int) -> list[bytes]:
         self.hashes = prefix_hashes(self.known_tokens(), block_size, self.hashes)
         return self.hashes
+
+
+def is_penalised(params: SamplingParams) -> bool:
+    return params.repetition_penalty != 1 or params.presence_penalty != 0 or params.frequency_penalty != 0

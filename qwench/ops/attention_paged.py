@@ -90,9 +90,7 @@ def _few(q_THD: Tensor, meta: AttnMeta, cache: KVCache, window: int | None, max_
     return paged_attention(q_THD, meta, cache, window, max_q)
 
 
-def _prefill(
-    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, meta: AttnMeta, cache: KVCache, window: int | None
-) -> Tensor:
+def _prefill(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, meta: AttnMeta, cache: KVCache, window: int | None) -> Tensor:
     if not meta.history:
         return _packed(q_THD, k_TKD, v_TKD, meta.cu_q, meta.cu_q, meta.max_q, meta.max_q, window)
     assert meta.lens_k is not None

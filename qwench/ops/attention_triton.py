@@ -8,8 +8,7 @@ order of the sums on nothing else.
 `decode_attention` also rotates q and k and writes the new key and value to the cache: one kernel for all that lies
 between the two projections of a decoding step.
 
-Shape suffixes as in `attention.py`; M rows of one program (queries of one sequence times query heads of one key head),
-R = D / 2.
+Shape suffixes as in `attention.py`; M rows of one program (queries of one sequence times query heads of one key head).
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qwench.ops.attention import AttnMeta, KVCache
 from qwench.ops.dispatch import batch_invariant
-from qwench.ops.elementwise_triton import _rotate
 from qwench.ops.rope import Rope
 from qwench.ops.triton_launch import dependent_launch, options
 
@@ -38,10 +36,10 @@ MAX_SPLITS, INVARIANT_SPLITS = 64, 16
 class Tile:
     """How a program works: keys at a time, warps, loads in flight, fewest keys worth a program of their own."""
 
-    keys: int = 64
+    keys: int = 128
     num_warps: int = 4
-    num_stages: int = 3
-    min_keys: int = 64
+    num_stages: int = 2
+    min_keys: int = 128
 
 
 @triton.jit
@@ -61,9 +59,7 @@ def _finish(
 ):  # fmt: skip
     """Write a program's rows; where the keys were split, the last program of the sequence merges the parts."""
     normed = acc / tl.where(total > 0, total, 1.0)[:, None]
-    if SPLITS == 1:
-        tl.store(out_ptrs, normed, mask=live[:, None])
-    elif used == 1:
+    if SPLITS == 1 or used == 1:
         tl.store(out_ptrs, normed, mask=live[:, None])
     else:
         lse = tl.where(total > 0, best + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf"))
@@ -93,77 +89,111 @@ def _finish(
 
 
 @triton.jit
+def _absorb(q_MD, k_ND, v_ND, seen, scale, best, total, acc):
+    """One tile of keys into a running softmax; `seen` [M or 1, N] says which keys a row sees."""
+    scores = tl.where(seen, tl.dot(q_MD, tl.trans(k_ND)) * scale, float("-inf"))
+    new_best = tl.maximum(best, tl.max(scores, 1))
+    safe = tl.where(new_best == float("-inf"), 0.0, new_best)
+    shrink = tl.exp2(best - safe)
+    probs = tl.exp2(scores - safe[:, None])
+    return new_best, total * shrink + tl.sum(probs, 1), acc * shrink[:, None] + tl.dot(probs.to(q_MD.dtype), v_ND)
+
+
+@triton.jit
+def _tile(keys, values, table_row, at, stop, head_offset, cols, stride_kn, stride_kp, dtype: tl.constexpr,
+          P: tl.constexpr, N: tl.constexpr):  # fmt: skip
+    """Keys and values [N, D] of the positions from `at`, and which of them lie before `stop`."""
+    pos = at + tl.arange(0, N)
+    valid = pos < stop
+    block = tl.load(table_row + pos // P, mask=valid, other=0).to(tl.int64)
+    place = (block * stride_kn + (pos % P) * stride_kp + head_offset)[:, None] + cols[None, :]
+    k_ND = tl.load(keys + place, mask=valid[:, None], other=0.0).to(dtype)
+    v_ND = tl.load(values + place, mask=valid[:, None], other=0.0).to(dtype)
+    return k_ND, v_ND, valid
+
+
+@triton.jit
+def _turn(x, partner, cos, sin, sign, dtype: tl.constexpr):
+    """x cos + sign * partner sin, rounded after each operation as tensors of `dtype` would be."""
+    turned = (x * cos).to(dtype).to(tl.float32) + sign * (partner * sin).to(dtype).to(tl.float32)
+    return turned.to(dtype)
+
+
+@triton.jit
 def _decode_kernel(
     q, k, v, position_ptr, inv_freq_ptr, slots, keys, values, table, lens, out, part_out, part_lse, counters,
     scale, window, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     stride_kn, stride_kp, stride_kk, stride_table,
-    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, R: tl.constexpr, P: tl.constexpr, M: tl.constexpr,
+    H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, P: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr, MIN: tl.constexpr, SPLITS: tl.constexpr, WINDOWED: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
-    """One query a sequence, not yet rotated; its key and value are not in the cache yet."""
+    """One query a sequence, not yet rotated; its key and value are not in the cache yet.
+
+    Only q, k and v come from the kernel just before, so all else, the first tile of old keys included, is read before
+    the wait (see `triton_launch`, rule 2).
+    """
     seq, head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    rows, cols, lanes = tl.arange(0, M), tl.arange(0, D), tl.arange(0, R)
+    rows, cols = tl.arange(0, M), tl.arange(0, D)
+    R: tl.constexpr = D // 2
     h_of_row = head * G + rows
     live = rows < G
-    inv_freq = tl.load(inv_freq_ptr + lanes)
     dtype = q.dtype.element_ty
-    if USE_PDL:
-        gdc_launch_dependents()
-        gdc_wait()
     length = tl.load(lens + seq)
     old = length - 1  # keys that the cache already holds
     begin = 0
     if WINDOWED:
         begin = tl.maximum(length - window, 0)
     used, start, stop = _range_of_split(length, begin, split, SPLITS, N, MIN)
-    if split < used:
-        position = tl.load(position_ptr + seq)
-        q_ptrs = q + seq * stride_qt + h_of_row[:, None] * stride_qh + lanes[None, :]
-        q_first = tl.load(q_ptrs, mask=live[:, None], other=0.0).to(tl.float32)
-        q_second = tl.load(q_ptrs + R, mask=live[:, None], other=0.0).to(tl.float32)
-        qa_MR, qb_MR = _rotate(q_first, q_second, position, inv_freq, dtype)
-        best = tl.full([M], float("-inf"), tl.float32)
-        total = tl.zeros([M], tl.float32)
-        acc = tl.zeros([M, D], tl.float32)
-        if stop == length:  # this program's keys end with the new one, which only it writes
-            kind = keys.dtype.element_ty
-            slot = tl.load(slots + seq)
-            one = tl.arange(0, 1)
-            k_ptrs = k + seq * stride_kt + head * stride_kh + one[:, None] + lanes[None, :]
-            k_first, k_second = tl.load(k_ptrs).to(tl.float32), tl.load(k_ptrs + R).to(tl.float32)
-            ka_1R, kb_1R = _rotate(k_first, k_second, position, inv_freq, dtype)
-            v_1D = tl.load(v + seq * stride_vt + head * stride_vh + one[:, None] + cols[None, :]).to(tl.float32)
-            ka_1R, kb_1R, kept_1D = ka_1R.to(tl.float32).to(kind), kb_1R.to(tl.float32).to(kind), v_1D.to(kind)
-            to = slot // P * stride_kn + slot % P * stride_kp + head * stride_kk
-            tl.store(keys + to + one[:, None] + lanes[None, :], ka_1R)
-            tl.store(keys + to + R + one[:, None] + lanes[None, :], kb_1R)
-            tl.store(values + to + one[:, None] + cols[None, :], kept_1D)
-            score = tl.sum(qa_MR.to(tl.float32) * ka_1R.to(tl.float32), 1)
-            best = (score + tl.sum(qb_MR.to(tl.float32) * kb_1R.to(tl.float32), 1)) * scale
-            total = tl.full([M], 1.0, tl.float32)
-            acc = acc + kept_1D.to(tl.float32)
-        for at in range(start, tl.minimum(stop, old), N):
-            pos = at + tl.arange(0, N)
-            valid = pos < tl.minimum(stop, old)
-            block = tl.load(table + seq * stride_table + pos // P, mask=valid, other=0).to(tl.int64)
-            place = block * stride_kn + (pos % P) * stride_kp + head * stride_kk
-            ka_NR = tl.load(keys + place[:, None] + lanes[None, :], mask=valid[:, None], other=0.0).to(dtype)
-            kb_NR = tl.load(keys + place[:, None] + R + lanes[None, :], mask=valid[:, None], other=0.0).to(dtype)
-            scores = tl.dot(qa_MR, tl.trans(ka_NR))
-            scores = tl.dot(qb_MR, tl.trans(kb_NR), scores) * scale
-            scores = tl.where(valid[None, :], scores, float("-inf"))
-            new_best = tl.maximum(best, tl.max(scores, 1))
-            shrink = tl.exp2(best - new_best)
-            probs = tl.exp2(scores - new_best[:, None])
-            total = total * shrink + tl.sum(probs, 1)
-            v_ND = tl.load(values + place[:, None] + cols[None, :], mask=valid[:, None], other=0.0).to(dtype)
-            acc = acc * shrink[:, None] + tl.dot(probs.to(dtype), v_ND)
-            best = new_best
-        out_ptrs = out + seq * (H * D) + h_of_row[:, None] * D + cols[None, :]
-        _finish(
-            acc, best, total, out_ptrs, live, part_out, part_lse, seq * H + h_of_row,
-            counters + seq * (H // G) + head, split, used, cols, D, M, SPLITS,
-        )  # fmt: skip
+    if split >= used:
+        if USE_PDL:
+            gdc_wait()
+            gdc_launch_dependents()
+        return
+    inv_freq = tl.load(inv_freq_ptr + cols % R)
+    table_row = table + seq * stride_table
+    old_stop = tl.minimum(stop, old)
+    k_ND, v_ND, valid = _tile(
+        keys, values, table_row, start, old_stop, head * stride_kk, cols, stride_kn, stride_kp, dtype, P, N
+    )
+    angles = tl.load(position_ptr + seq).to(tl.float32) * inv_freq
+    cos = tl.cos(angles).to(dtype).to(tl.float32)[None, :]
+    sin = tl.sin(angles).to(dtype).to(tl.float32)[None, :]
+    sign = tl.where(cols < R, -1.0, 1.0)[None, :]
+    partner = (cols + R) % D
+    slot = tl.load(slots + seq)
+    if USE_PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    q_row = q + seq * stride_qt + h_of_row[:, None] * stride_qh
+    q_own = tl.load(q_row + cols[None, :], mask=live[:, None], other=0.0).to(tl.float32)
+    q_other = tl.load(q_row + partner[None, :], mask=live[:, None], other=0.0).to(tl.float32)
+    q_MD = _turn(q_own, q_other, cos, sin, sign, dtype)
+    best = tl.full([M], float("-inf"), tl.float32)
+    total = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, D], tl.float32)
+    if stop == length:  # this program's keys end with the new one, which only it writes
+        kind = keys.dtype.element_ty
+        k_row = k + seq * stride_kt + head * stride_kh
+        k_own, k_other = tl.load(k_row + cols)[None, :].to(tl.float32), tl.load(k_row + partner)[None, :].to(tl.float32)
+        v_1D = tl.load(v + seq * stride_vt + head * stride_vh + cols)[None, :].to(tl.float32).to(kind)
+        k_1D = _turn(k_own, k_other, cos, sin, sign, dtype).to(tl.float32).to(kind)
+        to = slot // P * stride_kn + slot % P * stride_kp + head * stride_kk + cols[None, :]
+        tl.store(keys + to, k_1D)
+        tl.store(values + to, v_1D)
+        best = tl.sum(q_MD.to(tl.float32) * k_1D.to(tl.float32), 1) * scale
+        total = tl.full([M], 1.0, tl.float32)
+        acc = acc + v_1D.to(tl.float32)
+    best, total, acc = _absorb(q_MD, k_ND, v_ND, valid[None, :], scale, best, total, acc)
+    for at in range(start + N, old_stop, N):
+        k_ND, v_ND, valid = _tile(
+            keys, values, table_row, at, old_stop, head * stride_kk, cols, stride_kn, stride_kp, dtype, P, N
+        )
+        best, total, acc = _absorb(q_MD, k_ND, v_ND, valid[None, :], scale, best, total, acc)
+    out_ptrs = out + seq * (H * D) + h_of_row[:, None] * D + cols[None, :]
+    _finish(
+        acc, best, total, out_ptrs, live, part_out, part_lse, seq * H + h_of_row,
+        counters + seq * (H // G) + head, split, used, cols, D, M, SPLITS,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -177,9 +207,10 @@ def _part_kernel(
     seq, head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     rows, cols = tl.arange(0, M), tl.arange(0, D)
     q_of_row, h_of_row = rows // G, head * G + rows % G
+    dtype = q.dtype.element_ty
     if USE_PDL:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     first_q = tl.load(cu_q + seq).to(tl.int64)
     num_q = (tl.load(cu_q + seq + 1) - first_q).to(tl.int32)
     length = tl.load(lens + seq)
@@ -188,39 +219,29 @@ def _part_kernel(
     if WINDOWED:
         begin = tl.maximum(length - num_q - window + 1, 0)
     used, start, stop = _range_of_split(length, begin, split, SPLITS, N, MIN)
-    if split < used:
-        q_MD = tl.load(
-            q + (first_q + q_of_row)[:, None] * stride_qt + h_of_row[:, None] * stride_qh + cols[None, :],
-            mask=live[:, None], other=0.0,
-        )  # fmt: skip
-        position = length - num_q + q_of_row  # of each row's query
-        best = tl.full([M], float("-inf"), tl.float32)
-        total = tl.zeros([M], tl.float32)
-        acc = tl.zeros([M, D], tl.float32)
-        for at in range(start, stop, N):
-            pos = at + tl.arange(0, N)
-            valid = pos < stop
-            block = tl.load(table + seq * stride_table + pos // P, mask=valid, other=0).to(tl.int64)
-            place = block * stride_kn + (pos % P) * stride_kp + head * stride_kk
-            k_ND = tl.load(keys + place[:, None] + cols[None, :], mask=valid[:, None], other=0.0).to(q_MD.dtype)
-            scores = tl.dot(q_MD, tl.trans(k_ND)) * scale
-            seen = valid[None, :] & (pos[None, :] <= position[:, None])
-            if WINDOWED:
-                seen = seen & (pos[None, :] > position[:, None] - window)
-            scores = tl.where(seen, scores, float("-inf"))
-            new_best = tl.maximum(best, tl.max(scores, 1))
-            safe = tl.where(new_best == float("-inf"), 0.0, new_best)
-            shrink = tl.exp2(best - safe)
-            probs = tl.exp2(scores - safe[:, None])
-            total = total * shrink + tl.sum(probs, 1)
-            v_ND = tl.load(values + place[:, None] + cols[None, :], mask=valid[:, None], other=0.0).to(q_MD.dtype)
-            acc = acc * shrink[:, None] + tl.dot(probs.to(q_MD.dtype), v_ND)
-            best = new_best
-        out_ptrs = out + (first_q + q_of_row)[:, None] * (H * D) + h_of_row[:, None] * D + cols[None, :]
-        _finish(
-            acc, best, total, out_ptrs, live, part_out, part_lse, (first_q + q_of_row) * H + h_of_row,
-            counters + seq * (H // G) + head, split, used, cols, D, M, SPLITS,
-        )  # fmt: skip
+    if split >= used:
+        return
+    q_ptrs = q + (first_q + q_of_row)[:, None] * stride_qt + h_of_row[:, None] * stride_qh + cols[None, :]
+    q_MD = tl.load(q_ptrs, mask=live[:, None], other=0.0)
+    position = (length - num_q + q_of_row)[:, None]  # of each row's query
+    table_row = table + seq * stride_table
+    best = tl.full([M], float("-inf"), tl.float32)
+    total = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, D], tl.float32)
+    for at in range(start, stop, N):
+        k_ND, v_ND, valid = _tile(
+            keys, values, table_row, at, stop, head * stride_kk, cols, stride_kn, stride_kp, dtype, P, N
+        )
+        pos = (at + tl.arange(0, N))[None, :]
+        seen = valid[None, :] & (pos <= position)
+        if WINDOWED:
+            seen = seen & (pos > position - window)
+        best, total, acc = _absorb(q_MD, k_ND, v_ND, seen, scale, best, total, acc)
+    out_ptrs = out + (first_q + q_of_row)[:, None] * (H * D) + h_of_row[:, None] * D + cols[None, :]
+    _finish(
+        acc, best, total, out_ptrs, live, part_out, part_lse, (first_q + q_of_row) * H + h_of_row,
+        counters + seq * (H // G) + head, split, used, cols, D, M, SPLITS,
+    )  # fmt: skip
 
 
 def decode_attention(
@@ -248,7 +269,7 @@ def decode_attention(
         work.out, work.part_out, work.part_lse, work.counters, size**-0.5 * LOG2E, window or 0,
         q_BHD.stride(0), q_BHD.stride(1), k_BKD.stride(0), k_BKD.stride(1), v_BKD.stride(0), v_BKD.stride(1),
         keys.stride(0), keys.stride(1), keys.stride(2), meta.block_table.stride(0),
-        H=heads, G=heads // kv_heads, D=size, R=size // 2, P=keys.shape[1],
+        H=heads, G=heads // kv_heads, D=size, P=keys.shape[1],
         M=max(16, triton.next_power_of_2(heads // kv_heads)), **work.options,
     )  # fmt: skip
     return work.out
@@ -293,7 +314,7 @@ class _Work:
         splits = num_splits(num_seqs * kv_heads, _multiprocessors(device))
         if batch_invariant():
             splits = INVARIANT_SPLITS
-        tile = tile or Tile()
+        tile = tile or (Tile(keys=64, min_keys=64) if num_seqs <= 8 else Tile())
         out = torch.empty((num_tokens, heads, size), dtype=q_THD.dtype, device=device)
         part_out = part_lse = counters = out
         if splits > 1:

@@ -39,8 +39,8 @@ def _rms_norm_kernel(
     dtype = out_ptr.dtype.element_ty
     weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(dtype).to(tl.float32)
     if USE_PDL:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     x = tl.load(x_ptr + row * stride_xt + columns, mask=inside, other=0.0).to(tl.float32)
     rstd = tl.rsqrt(tl.sum(x * x, 0) / D + eps)
     normed = (x * rstd).to(dtype).to(tl.float32)
@@ -75,8 +75,8 @@ def _swiglu_kernel(gate_up_ptr, out_ptr, stride_t, F, BLOCK_F: tl.constexpr, USE
     columns = tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F)
     inside = columns < F
     if USE_PDL:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     gate = tl.load(gate_up_ptr + row * stride_t + columns, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + row * stride_t + F + columns, mask=inside, other=0.0).to(tl.float32)
     silu = (gate / (1.0 + tl.exp(-gate))).to(out_ptr.dtype.element_ty).to(tl.float32)
@@ -148,8 +148,8 @@ def _rope_and_store_kernel(
     dtype = q_ptr.dtype.element_ty
     inv_freq = tl.load(inv_freq_ptr + lanes, mask=lanes < R, other=0.0)
     if USE_PDL:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     position = tl.load(positions_ptr + token)
     if part == 0:
         k_heads = tl.arange(0, BLOCK_K)

@@ -8,7 +8,7 @@
 * "fused" is for inference in half precision on a GPU. One token: one Triton kernel for all of it. A few
   tokens: a norm kernel and Triton's tensor-core kernel. More: cuBLAS between Triton's row kernels. Whatever needs a
   gradient, fp32 or mixed dtypes goes to the composition. No host synchronisation: it can be captured.
-* "invariant" (forced, or within `dispatch.batch_invariance`): one tile shape and one order of sums for any number of
+* "invariant" (forced, as `dispatch.batch_invariant_kernels` does): one tile shape and one order of sums for any number of
   tokens, so that the bits of a row depend on the row alone. Slower; no gradient.
 
 The fused kernels keep fp32 from the product to the one rounding of the result; the composition rounds at every step.
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwench.ops import triton_launch
-from qwench.ops.dispatch import Implementation, Operation, batch_invariant
+from qwench.ops.dispatch import Implementation, Operation
 from qwench.ops.norm import rms_norm
 from qwench.ops.swiglu import swiglu as swiglu_op
 
@@ -86,8 +86,6 @@ def _fused(
     out_dtype: torch.dtype | None,
 ) -> Tensor:
     norm_weight = None if norm is None else norm[0]
-    if batch_invariant() and not needs_grad(x_TD, weight_ND, bias_N, norm_weight, residual):
-        return _invariant(x_TD, weight_ND, bias_N, norm, swiglu, residual, out_dtype)
     suits = (
         x_TD.dtype in (torch.float16, torch.bfloat16)
         and weight_ND.dtype == x_TD.dtype

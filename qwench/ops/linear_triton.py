@@ -132,8 +132,8 @@ def _gemv_rows_kernel(
     if HAS_NORM:
         norm_weight = tl.load(norm_ptr + columns, mask=columns < K, other=0.0).to(dtype).to(tl.float32)
     if USE_PDL:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     x = tl.load(x_ptr + columns, mask=columns < K, other=0.0).to(tl.float32)
     residual = _residual(res_ptr, rows, N, HAS_RES)
     if HAS_NORM:
@@ -194,8 +194,8 @@ def _gemv_long_kernel(
         gate_weights = _row_tile(w_ptr, rows, columns, N, stride_wn, K)
     bias, gate_bias = _biases(bias_ptr, rows, N, dtype, HAS_BIAS, SWIGLU)
     if USE_PDL:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     rstd = 1.0
     if HAS_NORM:
         squares = tl.zeros([BLOCK_K], tl.float32)
@@ -322,8 +322,8 @@ def _matmul_kernel(
         if SWIGLU:
             _prefetch(w_ptr + safe_rows[:, None] * stride_wn + heads[None, :], True)
     if USE_PDL:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
 
     x_ptrs = x_ptr + safe_tokens[:, None] * stride_xt + columns[None, :]
     w_ptrs = up_ptr + safe_rows[None, :] * stride_wn + columns[:, None]
@@ -405,10 +405,42 @@ INVARIANT = MatmulConfig(block_m=64, block_n=64, block_k=64, num_warps=4, num_st
 """The one tile shape of the batch-invariant implementation (fp32 takes `INVARIANT_FP32`: its tiles are larger)."""
 INVARIANT_FP32 = MatmulConfig(block_m=32, block_n=32, block_k=32, num_warps=4, num_stages=2)
 
-GEMV: dict[tuple[int, int, bool], GemvConfig] = {}
+GEMV: dict[tuple[int, int, bool], GemvConfig] = {
+    (1152, 896, False): GemvConfig(2, 1024, 2, 0),  # 0.5B qkv: 1.45 us, 1.42 TB/s
+    (896, 896, False): GemvConfig(4, 512, 4, 0),  # 0.5B o: 1.60 us, 1.01 TB/s
+    (4864, 896, True): GemvConfig(2, 1024, 2, 1056),  # 0.5B gate_up: 5.94 us, 2.93 TB/s
+    (896, 4864, False): GemvConfig(2, 2048, 8, 0),  # 0.5B down: 3.61 us, 2.42 TB/s
+    (151936, 896, False): GemvConfig(4, 512, 2, 0),  # 0.5B head: 61.80 us, 4.41 TB/s
+    (2048, 1536, False): GemvConfig(4, 2048, 2, 0),  # 1.5B qkv: 2.46 us, 2.56 TB/s
+    (1536, 1536, False): GemvConfig(8, 2048, 8, 0),  # 1.5B o: 1.98 us, 2.39 TB/s
+    (8960, 1536, True): GemvConfig(2, 2048, 4, 528),  # 1.5B gate_up: 14.72 us, 3.74 TB/s
+    (1536, 8960, False): GemvConfig(4, 2048, 4, 0),  # 1.5B down: 7.83 us, 3.51 TB/s
+    (151936, 1536, False): GemvConfig(2, 512, 2, 0),  # 1.5B head: 103.56 us, 4.51 TB/s
+    (4608, 3584, False): GemvConfig(2, 4096, 2, 528),  # 7B qkv: 9.78 us, 3.38 TB/s
+    (3584, 3584, False): GemvConfig(4, 1024, 4, 0),  # 7B o: 7.37 us, 3.48 TB/s
+    (18944, 3584, True): GemvConfig(2, 4096, 4, 0),  # 7B gate_up: 62.00 us, 4.38 TB/s
+    (3584, 18944, False): GemvConfig(2, 1024, 2, 0),  # 7B down: 32.39 us, 4.19 TB/s
+    (152064, 3584, False): GemvConfig(4, 2048, 8, 0),  # 7B head: 238.09 us, 4.58 TB/s
+}
 """Measured best by (outputs, inputs, SwiGLU): `benchmarks/linear_decode.py --tune` on an H200."""
 
-SKINNY: dict[tuple[int, int, bool], MatmulConfig] = {}
+SKINNY: dict[tuple[int, int, bool], MatmulConfig] = {
+    (1152, 896, False): MatmulConfig(16, 16, 512, 2, 6),  # 0.5B qkv: 3.15 us, 0.65 TB/s
+    (896, 896, False): MatmulConfig(16, 16, 128, 1, 6),  # 0.5B o: 2.92 us, 0.55 TB/s
+    (4864, 896, True): MatmulConfig(16, 16, 128, 1, 6),  # 0.5B gate_up: 7.68 us, 2.27 TB/s
+    (896, 4864, False): MatmulConfig(16, 16, 512, 2, 6),  # 0.5B down: 8.43 us, 1.03 TB/s
+    (151936, 896, False): MatmulConfig(16, 64, 128, 4, 6),  # 0.5B head: 72.84 us, 3.74 TB/s
+    (2048, 1536, False): MatmulConfig(16, 32, 256, 2, 6),  # 1.5B qkv: 4.29 us, 1.47 TB/s
+    (1536, 1536, False): MatmulConfig(16, 16, 512, 2, 6),  # 1.5B o: 4.56 us, 1.04 TB/s
+    (8960, 1536, True): MatmulConfig(16, 32, 128, 4, 6),  # 1.5B gate_up: 19.27 us, 2.86 TB/s
+    (1536, 8960, False): MatmulConfig(16, 16, 512, 2, 6),  # 1.5B down: 16.29 us, 1.69 TB/s
+    (151936, 1536, False): MatmulConfig(16, 64, 256, 4, 4),  # 1.5B head: 121.89 us, 3.83 TB/s
+    (4608, 3584, False): MatmulConfig(16, 64, 64, 4, 6),  # 7B qkv: 15.99 us, 2.07 TB/s
+    (3584, 3584, False): MatmulConfig(16, 32, 512, 4, 4),  # 7B o: 11.46 us, 2.24 TB/s
+    (18944, 3584, True): MatmulConfig(16, 16, 512, 2, 4),  # 7B gate_up: 85.65 us, 3.17 TB/s
+    (3584, 18944, False): MatmulConfig(16, 32, 512, 2, 4),  # 7B down: 48.45 us, 2.80 TB/s
+    (152064, 3584, False): MatmulConfig(16, 32, 512, 4, 4),  # 7B head: 290.59 us, 3.75 TB/s
+}
 """The same for 2 to 16 tokens."""
 
 WHOLE_ROW = 4096

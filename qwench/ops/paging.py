@@ -37,9 +37,7 @@ def advance(
     )
 
 
-def _locate_reference(
-    position_B: Tensor, live_B: Tensor, table_BW: Tensor, block_size: int
-) -> tuple[Tensor, Tensor]:
+def _locate_reference(position_B: Tensor, live_B: Tensor, table_BW: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     position = position_B * live_B
     width = table_BW.shape[1]
     index = (position // block_size).clamp(max=width - 1)

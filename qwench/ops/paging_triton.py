@@ -21,8 +21,8 @@ def _locate_kernel(
     row = tl.arange(0, BLOCK)
     inside = row < B
     if USE_PDL:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     alive = tl.load(live + row, mask=inside, other=0)
     at = tl.load(position + row, mask=inside, other=0) * alive
     index = at // P
@@ -53,8 +53,8 @@ def _advance_kernel(
     row = tl.arange(0, BLOCK)
     inside = row < B
     if USE_PDL:
-        gdc_launch_dependents()
         gdc_wait()
+        gdc_launch_dependents()
     place = tl.load(ring_at)
     token = tl.load(tokens + row, mask=inside)
     alive = tl.load(live + row, mask=inside)

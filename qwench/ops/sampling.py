@@ -50,7 +50,7 @@ _WORD = 0xFFFFFFFF
 
 @dataclass(frozen=True, slots=True)
 class SamplingRows:
-    """How each of B rows of logits is drawn from. All tensors are [B] and on the logits' device.
+    """How each of B rows of logits is drawn from. All tensors are [B], contiguous and on the logits' device.
 
     >>> SamplingRows.of([SamplingParams(top_k=20)], seeds=[7], steps=[0], vocab_size=151665, device="cpu")
     """
@@ -139,7 +139,7 @@ def penalise(
 def count_(counts_RV: Tensor, slots_N: Tensor, tokens_N: Tensor) -> None:
     """Add one to counts_RV[slots_N[i], tokens_N[i]] for each i. int16 [R, V]; int64 [N]; V even.
 
-    Counts stay at 16,383 from there on (one beyond, if several i of a call meet in it, is the caller's not to do).
+    A count of 16,383 stays; only several equal places in one call could go beyond it.
     """
     COUNT.choose(counts_RV.device)(counts_RV, slots_N, tokens_N)
 
@@ -258,15 +258,16 @@ def _filter(
 def _nucleus_floor(logits_N: Tensor, largest: Tensor, cold: float, top_p: float) -> Tensor:
     """The smallest logit that top-p keeps of these. Sorts no more of them than it turns out to need."""
     needed = _mass(logits_N, largest, cold).sum().double() * top_p
-    num = min(logits_N.numel(), 512)
+    size = logits_N.numel()
+    num = min(size, 512)
     while True:
-        ordered_N = logits_N.topk(num).values
+        ordered_N = logits_N.topk(num).values if num < size else logits_N.sort(descending=True).values
         enough_N = _mass(ordered_N, largest, cold).cumsum(0).double() >= needed
         if bool(enough_N[-1]):
             return ordered_N[enough_N.int().argmax()]
-        if num == logits_N.numel():
-            return ordered_N[-1]
-        num = min(logits_N.numel(), 16 * num)
+        if num == size:
+            return ordered_N[-1]  # rounding may leave the sum below a top_p next to 1
+        num = 16 * num if 64 * num < size else size
 
 
 def _mass(logits_N: Tensor, largest: Tensor, cold: float) -> Tensor:

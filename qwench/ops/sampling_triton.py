@@ -305,7 +305,7 @@ def _gather_kernel(
 def _above(pool_ptr, num, c, top, cold, WANT_MASS: tl.constexpr, BLOCK: tl.constexpr):
     """How many of `num` logits are not below c, or their mass in units of 1 / MASS_UNIT; int64."""
     result = tl.zeros((BLOCK,), tl.int64)
-    start = num * 0
+    start = tl.full((), 0, tl.int32)
     while start < num:  # not a range: the interpreter cannot take its end from a tensor
         places = start + tl.arange(0, BLOCK)
         x = tl.load(pool_ptr + places, mask=places < num, other=-_INF).to(tl.float32)

@@ -5,14 +5,13 @@ before Triton is first imported (slow; for tests). Kernels lie in `*_triton.py` 
 `runs_triton` imports.
 
 Programmatic dependent launch (compute capability 9 and later): a kernel may start while the one before it in the
-stream still runs, and waits (`gdc_wait`) before it touches what others write. Every kernel launched so keeps four
-rules, because "the one before" may itself have started early and still be waiting for its predecessor:
+stream still runs, and waits (`gdc_wait`) before it touches what that one writes. Every kernel launched so keeps three
+rules:
 
-1. every program executes `gdc_wait` exactly once, also one with nothing to do;
-2. before the wait it reads nothing but constants: weights, frequencies, never activations, positions or caches (so
-   whoever changes weights synchronises, or lets an ordinary kernel run, before the next step is launched);
-3. before the wait it writes nothing (an earlier kernel may still read the buffer);
-4. `gdc_launch_dependents` may come at any point, as the next kernel's own wait covers this one's completion.
+1. every program executes `gdc_wait` exactly once, also one with nothing to do, and `gdc_launch_dependents` after it;
+2. before the wait it reads nothing that the kernel just before it in the stream writes. As that one had to pass its own
+   wait before this one could start, everything older is complete: weights, caches, lengths may be read early;
+3. before the wait it writes nothing (an earlier kernel may still read the buffer).
 
 A kernel launched in the ordinary way before or after such a chain needs no care: it starts when the chain is done.
 """

@@ -40,15 +40,40 @@ PAGE_HEADERS = {
 }
 
 
+MAX_KEYS = 20_000
+SMALL_BODY_BYTES = 64 * 1024
+"""Bodies up to this size cannot have so many keys that it matters."""
+
+
 class StrictJsonRequest(Request):
-    """Reads JSON as its standard has it: no NaN, no lone surrogates, no nesting that exhausts the stack."""
+    """Reads JSON as its standard has it: no NaN, no lone surrogates, no nesting that exhausts the stack.
+
+    Bodies with very many keys are refused: every unknown one would be an error of its own, and a million of those
+    fill the memory.
+    """
 
     async def json(self) -> Any:
         body = await self.body()
         try:
-            return from_json(body, allow_inf_nan=False)
+            value = from_json(body, allow_inf_nan=False)
         except ValueError as error:
             raise json.JSONDecodeError(str(error), "", 0) from None
+        if len(body) > SMALL_BODY_BYTES and num_keys(value, MAX_KEYS) > MAX_KEYS:
+            raise ApiError(400, f"the body has more than {MAX_KEYS} keys in its objects", code="invalid_value")
+        return value
+
+
+def num_keys(value: Any, enough: int) -> int:
+    """Keys of all objects in a JSON value; counting stops soon after `enough`."""
+    count, rest = 0, [value]
+    while rest and count <= enough:
+        each = rest.pop()
+        if isinstance(each, dict):
+            count += len(each)
+            each = each.values()
+        if not isinstance(each, (str, int, float, bool, type(None))):
+            rest += [item for item in each if type(item) in (dict, list)]
+    return count
 
 
 class StrictJsonRoute(APIRoute):

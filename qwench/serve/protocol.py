@@ -1,5 +1,7 @@
 """The requests that the server reads, field by field. Not here: what is done with them (params.py, chat.py, ...).
 
+Lists stop at their first wrong element, so that a large wrong body cannot make a large number of errors.
+
 Every model forbids unknown fields and does no conversion of types, so nothing is accepted and ignored. A field of
 OpenAI's that this server cannot honour has the type `None`: null means the same as leaving it out, anything else is
 refused by name. Fields that are accepted without being read have no effect on an answer by OpenAI's own definition.
@@ -78,7 +80,7 @@ class SamplingRequest(Strict):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_ANSWERS)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=MAX_STOPS, fail_fast=True)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: (
@@ -94,10 +96,10 @@ class SamplingRequest(Strict):
     repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = None
     min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_FIELD_CHARS)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_FIELD_CHARS, fail_fast=True)] | None = None
     response_format: ResponseFormat | None = None
     guided_regex: str | None = None
-    guided_choice: Annotated[list[str], Field(min_length=1)] | None = None
+    guided_choice: Annotated[list[str], Field(min_length=1, fail_fast=True)] | None = None
     guided_grammar: str | None = None
 
     @model_validator(mode="after")
@@ -121,7 +123,7 @@ class TextPart(Strict):
         return value
 
 
-Content = str | list[TextPart]
+Content = str | Annotated[list[TextPart], Field(fail_fast=True)]
 
 
 class FunctionCall(Strict):
@@ -150,7 +152,7 @@ class AssistantMessage(Strict):
 
     role: Literal["assistant"]
     content: Content | None = None
-    tool_calls: list[AssistantToolCall] | None = None
+    tool_calls: Annotated[list[AssistantToolCall], Field(fail_fast=True)] | None = None
     refusal: None = None
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
     audio: None = None
@@ -191,11 +193,11 @@ class NamedToolChoice(Strict):
 class ChatRequest(SamplingRequest):
     """Body of POST /v1/chat/completions."""
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: NumTokens | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
     # no effect on an answer by definition
@@ -204,7 +206,7 @@ class ChatRequest(SamplingRequest):
     service_tier: Literal["auto", "default"] | None = None
     safety_identifier: Label | None = None
     prompt_cache_key: Label | None = None
-    modalities: list[Literal["text"]] | None = None
+    modalities: Annotated[list[Literal["text"]], Field(fail_fast=True)] | None = None
     # not supported
     audio: None = None
     functions: None = None
@@ -241,9 +243,11 @@ class CompletionRequest(SamplingRequest):
 
     prompt: (
         str
-        | Annotated[list[TokenId], Field(min_length=1)]
-        | Annotated[list[str], Field(min_length=1)]
-        | Annotated[list[Annotated[list[TokenId], Field(min_length=1)]], Field(min_length=1)]
+        | Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+        | Annotated[list[str], Field(min_length=1, fail_fast=True)]
+        | Annotated[
+            list[Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]], Field(min_length=1, fail_fast=True)
+        ]
     )
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     parse_special: bool | None = None
@@ -260,8 +264,8 @@ class TokenizeRequest(Strict):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=1)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128, fail_fast=True)] | None = None
     add_generation_prompt: bool | None = None
     parse_special: bool | None = None
     return_token_strs: bool | None = None
@@ -281,4 +285,4 @@ class DetokenizeRequest(Strict):
     """Body of POST /detokenize."""
 
     model: str | None = None
-    tokens: list[TokenId]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]

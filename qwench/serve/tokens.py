@@ -23,7 +23,8 @@ async def tokenize(service: Service, request: TokenizeRequest) -> Response:
         ids = await off_loop(len(text), lambda: engine.tokenizer.encode(text, parse_special=parse))
     body = {"tokens": ids, "count": len(ids), "max_model_len": engine.max_len}
     if request.return_token_strs:
-        body["token_strs"] = [engine.tokenizer.decode([token_id]) for token_id in ids]
+        decode = engine.tokenizer.decode
+        body["token_strs"] = await off_loop(len(ids), lambda: [decode([token_id]) for token_id in ids])
     return JSONResponse(body)
 
 
@@ -33,4 +34,5 @@ async def detokenize(service: Service, request: DetokenizeRequest) -> Response:
     known_model(request.model, service.config.model_names)
     if wrong := [token for token in request.tokens if token >= tokenizer.vocab_size]:
         raise value_error(f"tokens has id {wrong[0]}, but this model's ids end at {tokenizer.vocab_size - 1}", "tokens")
-    return JSONResponse({"prompt": tokenizer.decode(request.tokens)})
+    text = await off_loop(len(request.tokens), lambda: tokenizer.decode(request.tokens))
+    return JSONResponse({"prompt": text})

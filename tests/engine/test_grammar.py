@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -42,7 +43,10 @@ SCHEMAS: list[dict[str, Any]] = [
         "$defs": {
             "tree": {
                 "type": "object",
-                "properties": {"name": {"type": "string"}, "kids": {"type": "array", "items": {"$ref": "#/$defs/tree"}}},
+                "properties": {
+                    "name": {"type": "string"},
+                    "kids": {"type": "array", "items": {"$ref": "#/$defs/tree"}},
+                },
                 "required": ["name"],
                 "additionalProperties": False,
             }
@@ -87,7 +91,7 @@ def check_walks(compiler: GrammarCompiler, rounds: int) -> None:
         for _ in range(rounds):
             text = walk(compiler, compiler.compile(schema(value)), rng)
             validator.validate(json.loads(text))
-            assert re.search(r"\s{66}", re.sub(r'"(\\.|[^"\\])*"', "", text)) is None, "endless white space"
+            assert re.search(r"\s{66}", re.sub(r'"(\\.|[^"\\])*"', "s", text)) is None, "endless white space"
     for pattern in REGEXES:
         for _ in range(rounds):
             text = walk(compiler, compiler.compile(Grammar(kind="regex", value=pattern)), rng)
@@ -212,6 +216,29 @@ def test_rollback_and_copies(compiler: GrammarCompiler) -> None:
         twin.consume(tok.encode("z")[0])
     assert allowed(twin) == masks[1]  # a refused token changes nothing
     twin.consume(ids[1])
+
+
+BRANCHES = Grammar(kind="lark", value='start: ("a" EQ "[" | "b" EQ "(" | "(" start ")")*\nEQ: /=+/')
+
+
+@pytest.mark.parametrize("value", [BRANCHES, *map(schema, SCHEMAS[:4])])
+def test_masks_after_rollbacks_equal_those_of_a_fresh_matcher(compiler: GrammarCompiler, value: Grammar) -> None:
+    rng = random.Random(8)
+    matcher = compiler.compile(value)
+    taken: list[int] = []
+    for _ in range(120):
+        if taken and rng.random() < 0.3:
+            back = rng.randint(1, min(4, len(taken)))
+            matcher.rollback(back)
+            del taken[-back:]
+        fresh = compiler.compile(value)
+        for token in taken:
+            fresh.consume(token)
+        choices = allowed(matcher)
+        assert choices == allowed(fresh)
+        if choices := [token for token in choices if token not in compiler.eos_token_ids]:
+            taken.append(rng.choice(choices))
+            matcher.consume(taken[-1])
 
 
 def test_forced_tokens_are_our_encoding(compiler: GrammarCompiler) -> None:
@@ -343,7 +370,7 @@ def test_hostile_grammars_are_refused(compiler: GrammarCompiler, name: str) -> N
 
 def check_suspect(compiler: GrammarCompiler, name: str) -> None:
     """It may be refused, or fail on the way, or work; never does it crash or refuse in another manner."""
-    rng = random.Random(4)
+    rng, message = random.Random(4), ""
     try:
         matcher = compiler.compile(SUSPECT[name])
         for _ in range(30):
@@ -352,8 +379,9 @@ def check_suspect(compiler: GrammarCompiler, name: str) -> None:
                 break
             matcher.consume(rng.choice(choices))
     except GrammarError as error:
-        assert "\n" not in str(error)
-        assert len(str(error)) < 600
+        message = str(error)
+    assert "\n" not in message
+    assert len(message) < 600
 
 
 @pytest.mark.parametrize("name", SUSPECT)
@@ -390,12 +418,12 @@ def test_a_mask_that_runs_out_of_fuel_fails_alone(compiler: GrammarCompiler) -> 
     innocent = compiler.compile(Grammar(kind="regex", value="b?(a?){1000}a{1000}"))
     a, b = (compiler.tokenizer.vocabulary.ranks[letter] for letter in (b"a", b"b"))
     rows = np.zeros((3, compiler.num_words), np.int32)
-    with pytest.raises(GrammarError, match="cannot be followed"):
-        for _ in range(50):
+    for _ in range(50):
+        with contextlib.suppress(GrammarError):
             fill_masks([good, bad, innocent], rows)
             good.consume(a)
             bad.consume(a)
-    assert bad.error is not None
+    assert "cannot be followed" in str(bad.error)
     assert (good.error, innocent.error) == (None, None)
     with pytest.raises(GrammarError):
         fill_masks([good, bad, innocent], rows)
@@ -404,9 +432,7 @@ def test_a_mask_that_runs_out_of_fuel_fails_alone(compiler: GrammarCompiler) -> 
     innocent.consume(b)  # has an automaton of its own
 
 
-def test_a_shared_automaton_in_error_is_replaced(
-    compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_shared_automaton_in_error_is_replaced(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers that share an automaton survive the one that broke it, where they were."""
     monkeypatch.setattr(grammar_module, "_MAX_AUTOMATA", 1)
     value = Grammar(kind="regex", value="x*(b+|(a?){1000}a{1000})")
@@ -415,10 +441,11 @@ def test_a_shared_automaton_in_error_is_replaced(
     second.consume(x)
     second.consume(b)
     before = allowed(second)
-    with pytest.raises(GrammarError):
-        for _ in range(50):
+    for _ in range(50):
+        with contextlib.suppress(GrammarError):
             allowed(first)
             first.consume(a)
+    assert first.error is not None
     assert allowed(second) == before
     second.consume(b)
     second.rollback(2)
@@ -443,9 +470,7 @@ def test_a_slow_batch_is_searched_for_the_one_at_fault(
     fill_masks(others, rows)  # nothing of it stays
 
 
-def test_known_grammars_are_not_compiled_again(
-    tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_known_grammars_are_not_compiled_again(tiny_tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = GrammarCompiler(tiny_tokenizer, tiny_tokenizer.vocab_size)
     count = 0
     original = grammar_module.compile_guarded

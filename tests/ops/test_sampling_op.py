@@ -8,6 +8,7 @@ before Triton is imported).
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.util
 import os
 import re
@@ -473,7 +474,7 @@ def test_kernel_filters_keep_the_same_tokens(params: SamplingParams) -> None:
 
 
 @kernels
-@pytest.mark.parametrize("top", [2, 700])
+@pytest.mark.parametrize("top", [2, 2999])
 def test_kernel_ties(top: int) -> None:
     """`top` tokens share the largest logit, at the end of the row; the others share another."""
     logits = torch.zeros(len(MIXED), 3000)
@@ -582,6 +583,57 @@ def test_the_kernels_in_the_interpreter() -> None:
     assert found is not None
     assert int(found[1]) >= 30
     assert "skipped" in done.stdout, "the GPU tests among them"
+
+
+def kernel_variants() -> list[tuple[str, str, dict[str, object], int]]:
+    """File, kernel, constants and warps of every variant that is launched at the published vocabulary's size."""
+    tiles = [
+        {"RAW": raw, "STATISTICS": statistics, "SUBS": subs, "DRAW": draws}
+        for raw in (False, True)
+        for statistics, subs, draws in ((True, False, True), (True, True, False), (False, True, True))
+    ]
+    return [
+        *(("sampling_triton", "_tiles_kernel", constants, 4) for constants in tiles),
+        ("sampling_triton", "_cut_kernel", {"SUBS": 2048}, 4),
+        ("sampling_triton", "_gather_kernel", {}, 4),
+        ("sampling_triton", "_select_kernel", {"BLOCK": 2048}, 16),
+        ("sampling_triton", "_finish_kernel", {"TILES": 128}, 1),
+        ("penalties_triton", "_penalise_kernel", {}, 4),
+        ("penalties_triton", "_count_kernel", {"BLOCK": 128}, 4),
+        ("penalties_triton", "_mask_kernel", {}, 4),
+    ]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@pytest.mark.skipif(interpreted(), reason="the interpreter compiles nothing")
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_the_kernels_compile(dtype: str) -> None:
+    """For Hopper, on any machine: the compiler refuses more than the interpreter does."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+    from triton.compiler import compile as triton_compile
+
+    special = dict.fromkeys(("logits_ptr", "raw_ptr", "candidates_ptr"), f"*{dtype}")
+    special |= dict.fromkeys(("seeds_ptr", "steps_ptr", "token_ptr", "slots_ptr", "tokens_ptr"), "*i64")
+    special |= dict.fromkeys(("id_ptr", "num_ptr", "top_k_ptr", "words_ptr", "mask_ptr"), "*i32")
+    special |= {"counts_ptr": "*i16"}
+    for module, name, constants, num_warps in kernel_variants():
+        kernel = getattr(importlib.import_module(f"qwench.ops.{module}"), name)
+        names = list(kernel.arg_names)
+        types = {n: special.get(n, "*fp32" if n.endswith("_ptr") else "i32") for n in names}
+        types |= dict.fromkeys(constants, "constexpr")
+        aligned = [i for i, n in enumerate(names) if types[n][0] == "*" or n in ("V", "stride_b", "raw_stride_b")]
+        source = ASTSource(
+            kernel,
+            types,
+            {(names.index(n),): value for n, value in constants.items()},
+            {(i,): [["tt.divisibility", 16]] for i in aligned},
+        )
+        built = triton_compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps})
+        assert built.asm["cubin"], name
+        assert ".local" not in built.asm["ptx"], f"{name} keeps an array in memory"
+        if name == "_tiles_kernel":
+            assert "ld.global.v4" in built.asm["ptx"], "logits are not read in wide words"
 
 
 def test_which_implementation_is_chosen() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,30 @@ BAD_BODIES = {
 def test_a_hostile_body_is_a_400(running: Running, route: str, name: str) -> None:
     response = running.post(route, content=BAD_BODIES[name], headers={"content-type": "application/json"})
     error_of(response, 400)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"model": NAME, "prompt": [None] * 2_000_000},
+        {"model": NAME, "prompt": [[None]] * 1_000_000},
+        {"model": NAME, "messages": [{}] * 2_000_000},
+        {"model": NAME, "messages": MESSAGES, "stop_token_ids": ["x"] * 1_000_000},
+        {"model": NAME, "messages": MESSAGES, "logit_bias": dict.fromkeys(map(str, range(10**6, 1_600_000)), "x")},
+        {"model": NAME, "messages": MESSAGES} | dict.fromkeys(map("f{}".format, range(700_000)), 1),
+        {"model": NAME, "messages": [{"role": "user"} | dict.fromkeys(map("f{}".format, range(700_000)), 1)]},
+    ],
+    ids=["prompt", "prompts", "messages", "stop_token_ids", "logit_bias", "fields", "fields of a message"],
+)
+def test_a_large_wrong_body_makes_one_error(running: Running, body: dict[str, Any]) -> None:
+    """A million wrong elements would make a million error records, some gigabytes, if all were gathered."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    data = json.dumps(body).encode()
+    assert len(data) < running.service.config.max_body_bytes
+    route = PLAIN if "prompt" in body else CHAT
+    error_of(running.post(route, content=data, headers={"content-type": "application/json"}), 400)
+    grown_mib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    assert grown_mib < 600, "of which the body itself, here twice, is a part"
 
 
 def test_nan_is_refused_even_where_anything_may_stand(running: Running) -> None:

@@ -11,7 +11,6 @@ import json
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -35,9 +34,7 @@ SHAPE = (
 
 
 @pytest.fixture(scope="session")
-def talker(
-    sft_arguments: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Engine]:
+def talker(sft_arguments: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """An engine whose model knows `LESSONS` by heart (some seconds of training)."""
     from qwench import config
     from qwench.engine import Engine
@@ -96,7 +93,9 @@ def browser() -> Iterator[Browser]:
     if not found:
         pytest.skip("needs Chromium on the PATH")
     with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=found[0], args=["--no-sandbox"])
+        browser = playwright.chromium.launch(
+            executable_path=found[0], args=["--no-sandbox", "--disable-smooth-scrolling"]
+        )
         yield browser
         browser.close()
 
@@ -124,11 +123,6 @@ def open_page(browser: Browser) -> Iterator[Callable[..., ChatPage]]:
 def chat(open_page: Callable[..., ChatPage], page_server: PageServer) -> ChatPage:
     """The page on a desktop screen, in English."""
     return open_page(page_server)
-
-
-@pytest.fixture
-def download_dir(tmp_path: Path) -> Path:
-    return tmp_path
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

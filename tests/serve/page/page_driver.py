@@ -12,7 +12,7 @@ from served import PATIENCE_S
 from qwench.serve.server import Server
 
 if TYPE_CHECKING:
-    from playwright.sync_api import BrowserContext, Locator, Page
+    from playwright.sync_api import BrowserContext, Dialog, Locator, Page
 
 NAME = "talker"
 MARKDOWN = """## Plan
@@ -46,7 +46,7 @@ ATTACKS = [
     "[a](javascript:window.hacked=1) [b](  JaVaScRiPt:window.hacked=1) [c](java&#115;cript:window.hacked=1)",
     "[d](data:text/html,<script>window.hacked=1</script>) [e](vbscript:x) [f](file:///etc/passwd) [g](//example.com)",
     "![i](https://example.com/i.png) ![j](javascript:window.hacked=1)",
-    "<javascript:window.hacked=1> <https://example.com/\" onmouseover=\"window.hacked=1>",
+    '<javascript:window.hacked=1> <https://example.com/" onmouseover="window.hacked=1>',
     '[k](https://example.com/"onclick="window.hacked=1)',
     "```<img src=x onerror=window.hacked=1>\n</code></pre><img src=x onerror=window.hacked=1>\n```",
     "| <img src=x onerror=window.hacked=1> | b |\n|---|---|\n| </td><script>window.hacked=1</script> | `<b>` |",
@@ -80,12 +80,16 @@ class Watched:
         self.problems: list[str] = []
         context.on("request", lambda request: self._request(request.url, origin))
         context.on("weberror", lambda error: self.problems.append(f"script: {error.error}"))
-        context.on("dialog", lambda dialog: (self.problems.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+        context.on("dialog", self._dialog)
         context.on("console", lambda message: self._console(message.type, message.text))
 
     def _request(self, url: str, origin: str) -> None:
         if not url.startswith((origin + "/", "blob:" + origin)):
             self.problems.append(f"request: {url}")
+
+    def _dialog(self, dialog: Dialog) -> None:
+        self.problems.append(f"dialog: {dialog.message}")
+        dialog.dismiss()
 
     def _console(self, kind: str, text: str) -> None:
         # what the browser itself logs for an answer with status 4xx, or for a server that is down, is no fault here

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from page_driver import MARKDOWN, WEATHER, ChatPage, PageServer
+from served import wait_until
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -70,11 +71,11 @@ def test_stop_keeps_what_has_come(chat: ChatPage, page_server: PageServer, how: 
     else:
         chat.input.press("Escape")
     text = chat.finished()
-    assert text.startswith('["lalala"')
+    assert text.startswith("[")
+    assert text.count("lalala") >= 3
     assert chat.answers.last.locator(".note").inner_text() == "Stopped"
-    chat.until("!document.querySelector('#composer.streaming')")
     service = page_server.server.service
-    assert service.slots.in_use == 0, "the server goes on with an answer that nobody reads"
+    wait_until(lambda: service.slots.in_use == 0, "the server to give the answer up")
     chat.load()
     assert chat.answers.last.locator(".md").inner_text().strip() == text
 
@@ -84,7 +85,8 @@ def test_regenerate_adds_a_version_and_both_can_be_shown(chat: ChatPage) -> None
     chat.set_open("sampling").get_by_label("Max tokens").fill("2")
     chat.answers.last.get_by_role("button", name="Regenerate").click()
     short = chat.finished()
-    assert "A tiny model.".startswith(short) and short != "A tiny model."
+    assert "A tiny model.".startswith(short)
+    assert short != "A tiny model."
     assert chat.answers.count() == 1
     assert chat.answers.last.locator(".note").inner_text() == "Cut off at the token limit"
     assert chat.page.locator(".answer .versions").inner_text() == "2/2"
@@ -175,7 +177,9 @@ def test_rename_delete_and_undo(chat: ChatPage) -> None:
     assert chat.stored() == []
 
 
-def test_export_and_import(chat: ChatPage, open_page: Callable[..., ChatPage], page_server: PageServer, tmp_path: Path) -> None:
+def test_export_and_import(
+    chat: ChatPage, open_page: Callable[..., ChatPage], page_server: PageServer, tmp_path: Path
+) -> None:
     chat.ask("Show.")
     chat.set_open("system").locator("textarea").fill("Be brief.")
     with chat.page.expect_download() as download:
@@ -243,7 +247,9 @@ def _scroll(page: Page) -> tuple[float, float]:
     return top, left
 
 
-def test_the_page_follows_the_text_until_the_user_scrolls_up(open_page: Callable[..., ChatPage], page_server: PageServer) -> None:
+def test_the_page_follows_the_text_until_the_user_scrolls_up(
+    open_page: Callable[..., ChatPage], page_server: PageServer
+) -> None:
     chat = open_page(page_server, viewport={"width": 1000, "height": 420})
     chat.ask_for_long_answer()
     chat.page.click("#drawer-close")
