@@ -7,17 +7,19 @@ from memory as they do in a model. Times are of one call, the median of several 
 what stands around it as separate PyTorch kernels (norm, SwiGLU, residual), "product" `F.linear` alone, and "ours"
 the fused operation. Kernels of one graph follow each other with dependent launch, as in a model.
 
-`--tune` tries a grid of configurations for one token and for a few, prints the lines of the tables in
+`--tune` tries a grid of configurations for each number of tokens, prints the lines of the tables in
 `qwench/ops/linear_triton.py` and writes DIRECTORY/linear_configs.json; it stops after --seconds.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import multiprocessing
 import os
+import random
 import statistics
 import sys
 import time
@@ -32,9 +34,10 @@ import torch.nn.functional as F
 from results import write_result
 from torch import Tensor
 
+from qwench.ops import linear as linear_module
 from qwench.ops.dispatch import forced
 from qwench.ops.linear import linear
-from qwench.ops.linear_triton import GemvConfig, MatmulConfig, gemv, gemv_config, matmul, skinny_config
+from qwench.ops.linear_triton import GemvConfig, MatmulConfig, gemv, gemv_config, matmul
 
 MODELS = {
     "0.5B": (896, 14, 2, 64, 4864, 151936),
@@ -184,18 +187,26 @@ def gemv_grid(matrix: Matrix) -> Iterator[GemvConfig]:
                     yield GemvConfig(block_n, block_k, warps, programs)
 
 
-def skinny_grid(matrix: Matrix) -> Iterator[MatmulConfig]:
-    yield skinny_config(8, matrix.outputs, matrix.size, matrix.swiglu)
+def tile_grid(matrix: Matrix, num_tokens: int) -> Iterator[MatmulConfig]:
+    """Tiles for a number of tokens: enough programs, and enough loads in flight, for the whole GPU."""
     pair = 2 if matrix.swiglu else 1
-    for block_n, block_k, warps, stages in itertools.product(
-        (16, 32, 64, 128), (64, 128, 256, 512), (1, 2, 4, 8), (3, 4, 6)
+    blocks_m = [16] if num_tokens <= 16 else [size for size in (16, 32, 64, 128) if size <= num_tokens]
+    for block_m, block_n, block_k, warps, stages, split in itertools.product(
+        blocks_m, (16, 32, 64, 128, 256), (64, 128, 256), (2, 4, 8), (3, 4, 6), (1, 2, 4, 8)
     ):
-        shared = stages * block_k * (16 + pair * block_n) * 2
-        if matrix.outputs // block_n < 50 or block_k > matrix.size or not 24e3 < shared < 200e3:
+        shared = stages * block_k * (block_m + pair * block_n) * 2
+        programs = -(-matrix.outputs // block_n) * -(-num_tokens // block_m) * split
+        steps = matrix.size // (split * block_k)
+        if split > 1 and (matrix.norm or matrix.swiglu or programs > 600 or matrix.outputs > 10000):
             continue
-        if block_n // 8 < warps or block_n // warps > 32:
+        if programs < 50 or steps < 2 or not 24e3 < shared < 220e3 or block_m * block_n * pair > 128 * 256:
             continue
-        yield MatmulConfig(16, block_n, block_k, warps, stages)
+        sums = pair * block_m * block_n / (32 * warps)  # registers of a thread for them
+        if not 2 <= sums <= 128 or (block_m < 64 and block_n // 8 < warps):
+            continue
+        if num_tokens > 16 and (programs > 132 * 6 or stages == 6 and block_k == 256):
+            continue
+        yield MatmulConfig(block_m, block_n, block_k, warps, stages, split)
 
 
 def tuned_call(matrix: Matrix, inputs: Inputs, num_tokens: int) -> Callable[[Tensor, Any], Tensor]:
@@ -207,7 +218,12 @@ def tuned_call(matrix: Matrix, inputs: Inputs, num_tokens: int) -> Callable[[Ten
             return gemv(
                 x, weight, inputs.bias, norm=inputs.norm, swiglu=matrix.swiglu, residual_1N=residual, config=config
             )
-        return matmul(x, weight, inputs.bias, swiglu=matrix.swiglu, residual_TN=residual, config=config)
+        if config is None:  # cuBLAS between Triton's row kernels
+            with cublas_only():
+                return linear(x, weight, inputs.bias, norm=inputs.norm, swiglu=matrix.swiglu, residual=residual)
+        return matmul(
+            x, weight, inputs.bias, norm=inputs.norm, swiglu=matrix.swiglu, residual_TN=residual, config=config
+        )
 
     return call
 
@@ -216,67 +232,86 @@ def bound(call: Callable[[Tensor, Any], Tensor], config: Any) -> Callable[[Tenso
     return lambda weight: call(weight, config)
 
 
-def build(matrix: Matrix, config: Any) -> None:
+@contextlib.contextmanager
+def cublas_only() -> Iterator[None]:
+    before, linear_module.tile_config = linear_module.tile_config, lambda *shape: None
+    try:
+        yield
+    finally:
+        linear_module.tile_config = before
+
+
+def build(matrix: Matrix, num_tokens: int, config: Any) -> None:
     """In a process of its own: run the kernel once, so that its machine code lies in Triton's cache."""
     inputs = Inputs(matrix, only_shapes=True)
-    tuned_call(matrix, inputs, 1 if isinstance(config, GemvConfig) else 8)(inputs.weights[0], config)
+    tuned_call(matrix, inputs, num_tokens)(inputs.weights[0], config)
     torch.cuda.synchronize()
 
 
-def build_all(jobs: list[tuple[Matrix, list[Any]]], seconds: float) -> set[tuple[Matrix, Any]]:
+Job = tuple[Matrix, int, list[Any]]
+
+
+def build_all(jobs: list[Job], seconds: float) -> set[tuple[Matrix, int, Any]]:
     """Compile on all cores until the time is up, the first configurations of every job first; those that were built."""
     order = sorted(
-        ((index, matrix, config) for matrix, configs in jobs for index, config in enumerate(configs)),
+        ((index, matrix, tokens, config) for matrix, tokens, configs in jobs for index, config in enumerate(configs)),
         key=lambda item: item[0],
     )
     stop = time.monotonic() + seconds
-    workers = max((os.cpu_count() or 2) - 2, 1)
-    built: set[tuple[Matrix, Any]] = set()
+    workers = max((os.cpu_count() or 2) - 1, 1)
+    built: set[tuple[Matrix, int, Any]] = set()
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(build, matrix, config): (matrix, config) for _, matrix, config in order}
+        futures = {pool.submit(build, *job): job for _, *job in order}
         wait(futures, timeout=max(stop - time.monotonic(), 0))
         for future, job in futures.items():
             if future.done() and future.exception() is None:
-                built.add(job)
+                built.add(tuple(job))
             else:
                 future.cancel()
     return built
 
 
-def tune(chosen: list[Matrix], seconds: float) -> dict[str, list[dict[str, Any]]]:
-    """The best configuration of each matrix for one token and for eight: compile for 60 % of the time, then measure."""
+def tune(chosen: list[Matrix], tokens: list[int], seconds: float) -> list[dict[str, Any]]:
+    """The best configuration of each matrix and number of tokens: compile for half of the time, then measure."""
     began = time.monotonic()
-    found: dict[str, list[dict[str, Any]]] = {"gemv": [], "skinny": []}
-    jobs = [(matrix, list(dict.fromkeys(gemv_grid(matrix)))) for matrix in chosen]
-    jobs += [(matrix, list(dict.fromkeys(skinny_grid(matrix)))) for matrix in chosen]
-    built = build_all(jobs, 0.6 * seconds)
-    print(f"{len(built)} of {sum(len(configs) for _, configs in jobs)} built, {time.monotonic() - began:.0f} s")
-    for number, (matrix, configs) in enumerate(jobs):
+    found: list[dict[str, Any]] = []
+    jobs: list[Job] = []
+    shuffle = random.Random(0)
+    for count, matrix in itertools.product(tokens, chosen):
+        configs = list(dict.fromkeys(gemv_grid(matrix) if count == 1 else tile_grid(matrix, count)))
+        rule, others = configs[:1], configs[1:]
+        shuffle.shuffle(others)
+        jobs.append((matrix, count, rule + others))
+    built = build_all(jobs, 0.5 * seconds)
+    print(f"{len(built)} of {sum(len(configs) for _, _, configs in jobs)} built, {time.monotonic() - began:.0f} s")
+    jobs.sort(key=lambda job: (job[0].model, job[0].name))
+    for number, (matrix, count, configs) in enumerate(jobs):
         stop = time.monotonic() + max(began + seconds - time.monotonic(), 0) / (len(jobs) - number)
-        kind = "gemv" if isinstance(configs[0], GemvConfig) else "skinny"
-        inputs = Inputs(matrix)
-        call = tuned_call(matrix, inputs, 1 if kind == "gemv" else 8)
+        if number == 0 or jobs[number - 1][0] != matrix:
+            inputs = Inputs(matrix)
+        call = tuned_call(matrix, inputs, count)
         times: dict[Any, float] = {}
-        for index, config in enumerate(configs):
-            if index and ((matrix, config) not in built or time.monotonic() > stop):
-                continue  # the rule of thumb, which comes first, is always measured
+        for config in configs:
+            if (matrix, count, config) not in built or time.monotonic() > stop:
+                continue
             value = guarded(bound(call, config), inputs, replays=3)
             if value is not None:
                 times[config] = value
         for config in sorted(times, key=lambda config: times[config])[:3]:  # the leaders once more, for longer
-            times[config] = guarded(bound(call, config), inputs, replays=15) or times[config]
+            times[config] = guarded(bound(call, config), inputs, replays=11) or times[config]
+        cublas = None if count == 1 else guarded(bound(call, None), inputs, replays=7)
         if times:
             best = min(times, key=lambda config: times[config])
-            rule, rate = times.get(configs[0], float("nan")), matrix.weight_bytes / times[best] / 1e6
+            rate = matrix.weight_bytes / times[best] / 1e6
             key = (matrix.outputs, matrix.size, matrix.swiglu)
+            beside = f", cuBLAS {cublas:.2f}" if cublas else ""
             print(
-                f"    {key}: {best},  # {matrix.model} {matrix.name}: {times[best]:.2f} us, {rate:.2f} TB/s"
-                f" (rule of thumb {rule:.2f} us; {len(times)} tried)",
+                f"    T={count} {key}: {best},  # {matrix.model} {matrix.name}: {times[best]:.2f} us, {rate:.2f} TB/s"
+                f"{beside} ({len(times)} tried)",
                 flush=True,
             )
-            found[kind].append({"key": list(key), "us": times[best], "rule_us": rule, **asdict(best)})
-        del inputs, call
-        torch.cuda.empty_cache()
+            row = {"tokens": count, "key": list(key), "us": times[best], "cublas_us": cublas, **asdict(best)}
+            found.append({"model": matrix.model, "matrix": matrix.name, **row})
     return found
 
 
@@ -295,7 +330,7 @@ def main() -> None:
     chosen = [matrix for matrix in matrices(given.models.split(",")) if matrix.name in given.matrices.split(",")]
     with torch.no_grad():
         if given.tune:
-            found = tune(chosen, given.seconds)
+            found = tune(chosen, [int(count) for count in given.tokens.split(",")], given.seconds)
             if given.out is not None:
                 given.out.mkdir(parents=True, exist_ok=True)
                 path = given.out / "linear_configs.json"

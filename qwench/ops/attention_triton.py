@@ -26,7 +26,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from qwench.ops.attention import AttnMeta, KVCache
 from qwench.ops.dispatch import batch_invariant
 from qwench.ops.rope import Rope
-from qwench.ops.triton_launch import dependent_launch, options
+from qwench.ops.triton_launch import dependent_launch, options, zeroed_counters
 
 LOG2E = 1.4426950408889634
 MAX_SPLITS, INVARIANT_SPLITS = 64, 16
@@ -320,7 +320,7 @@ class _Work:
         if splits > 1:
             part_out = torch.empty((num_tokens, heads, splits, size), dtype=torch.float32, device=device)
             part_lse = torch.empty((num_tokens, heads, splits), dtype=torch.float32, device=device)
-            counters = _counters(device, triton.next_power_of_2(num_seqs * kv_heads))
+            counters = zeroed_counters(device, triton.next_power_of_2(num_seqs * kv_heads))
         pdl = dependent_launch(device)
         further = dict(
             N=tile.keys, MIN=tile.min_keys, SPLITS=splits, WINDOWED=window is not None, USE_PDL=pdl,
@@ -338,10 +338,3 @@ def num_splits(num_programs: int, multiprocessors: int) -> int:
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
-
-@functools.cache
-def _counters(device: torch.device, size: int) -> Tensor:
-    """Programs that have finished, for each sequence and key head; every launch leaves zeros. Launches on one stream
-    follow each other, so they share it."""
-    with torch.inference_mode(False):
-        return torch.zeros(size, dtype=torch.int32, device=device)

@@ -18,6 +18,8 @@ Shape suffixes: T tokens, D inputs, N outputs, F = N / 2.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,8 +29,15 @@ from qwench.ops.dispatch import Implementation, Operation
 from qwench.ops.norm import rms_norm
 from qwench.ops.swiglu import swiglu as swiglu_op
 
-FEW_TOKENS = 16
-"""Most tokens for which Triton's tensor-core kernel is used instead of cuBLAS."""
+if TYPE_CHECKING:
+    from qwench.ops.linear_triton import MatmulConfig
+
+
+def tile_config(num_tokens: int, outputs: int, size: int, swiglu: bool) -> MatmulConfig | None:
+    """The tile by which our kernel multiplies so many tokens, or None where cuBLAS is faster."""
+    from qwench.ops import linear_triton
+
+    return linear_triton.tile_config(num_tokens, outputs, size, swiglu)
 
 
 def linear(
@@ -96,15 +105,20 @@ def _fused(
     if not suits:
         return _reference(x_TD, weight_ND, bias_N, norm, swiglu, residual, out_dtype)
     num_tokens = x_TD.shape[0]
-    if num_tokens <= FEW_TOKENS:
+    outputs = weight_ND.shape[0] // (2 if swiglu else 1)
+    config = tile_config(num_tokens, outputs, x_TD.shape[1], swiglu) if num_tokens > 1 else None
+    if num_tokens == 1 or config is not None:
         from qwench.ops import linear_triton
 
-        if num_tokens == 1:
+        if config is None:
             return linear_triton.gemv(
                 x_TD, weight_ND, bias_N, norm=norm, swiglu=swiglu, residual_1N=residual, out_dtype=out_dtype
             )
-        x_TD = x_TD if norm is None else rms_norm(x_TD, *norm)
-        return linear_triton.matmul(x_TD, weight_ND, bias_N, swiglu=swiglu, residual_TN=residual, out_dtype=out_dtype)
+        if norm is not None and config.split_k > 1:
+            x_TD, norm = rms_norm(x_TD, *norm), None
+        return linear_triton.matmul(
+            x_TD, weight_ND, bias_N, norm=norm, swiglu=swiglu, residual_TN=residual, out_dtype=out_dtype, config=config
+        )
     x_TD = x_TD if norm is None else rms_norm(x_TD, *norm)
     plain = bias_N is None and not swiglu
     if plain and residual is not None and residual.dtype == x_TD.dtype:

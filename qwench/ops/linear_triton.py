@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from qwench.ops.triton_launch import dependent_launch, options
+from qwench.ops.triton_launch import dependent_launch, options, zeroed_counters
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,8 @@ class MatmulConfig:
     block_k: int
     num_warps: int
     num_stages: int
+    split_k: int = 1
+    """Programs that share the inputs of one tile; the last to finish adds their parts up, always in one order."""
 
 
 @triton.jit
@@ -287,25 +289,32 @@ def _matmul_kernel(
     w_ptr,
     bias_ptr,
     res_ptr,
+    norm_ptr,
     out_ptr,
+    part_ptr,
+    counter_ptr,
     T,
     N,
     stride_xt,
     stride_wn,
     stride_rt,
+    eps,
     K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     NUM_STAGES: tl.constexpr,
+    SPLIT_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_NORM: tl.constexpr,
     SWIGLU: tl.constexpr,
     HAS_RES: tl.constexpr,
     PRECISION: tl.constexpr,
     PREFETCH_LINES: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
-    """Programs (block of outputs, block of tokens). N counts outputs: rows, or pairs of rows with SwiGLU."""
+    """Programs (block of outputs, block of tokens, part of the inputs). N counts outputs: rows, or pairs of rows with
+    SwiGLU. With a norm, x * norm weight is multiplied and the sums are scaled by 1 / rms at the end."""
     tokens = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_K)
@@ -330,13 +339,19 @@ def _matmul_kernel(
     gate_ptrs = w_ptr + safe_rows[None, :] * stride_wn + columns[:, None]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     gate_acc = acc
-    for start in tl.range(0, K, BLOCK_K, num_stages=NUM_STAGES):
+    squares = tl.zeros([BLOCK_M], tl.float32)
+    SHARE: tl.constexpr = (K + SPLIT_K * BLOCK_K - 1) // (SPLIT_K * BLOCK_K) * BLOCK_K
+    first = tl.program_id(2) * SHARE
+    for start in tl.range(first, tl.minimum(first + SHARE, K), BLOCK_K, num_stages=NUM_STAGES):
         if K % BLOCK_K == 0:
             x = tl.load(x_ptrs + start)
             w = tl.load(w_ptrs + start)
         else:
             x = tl.load(x_ptrs + start, mask=(start + columns < K)[None, :], other=0.0)
             w = tl.load(w_ptrs + start, mask=(start + columns < K)[:, None], other=0.0)
+        if HAS_NORM:
+            squares += tl.sum(x.to(tl.float32) * x.to(tl.float32), 1)
+            x = x * tl.load(norm_ptr + start + columns, mask=start + columns < K, other=0.0).to(dtype)[None, :]
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
         if SWIGLU:
             if K % BLOCK_K == 0:
@@ -344,6 +359,22 @@ def _matmul_kernel(
             else:
                 gate_w = tl.load(gate_ptrs + start, mask=(start + columns < K)[:, None], other=0.0)
             gate_acc = tl.dot(x, gate_w, gate_acc, input_precision=PRECISION)
+    if HAS_NORM:
+        scale = tl.rsqrt(squares / K + eps)[:, None]
+        acc, gate_acc = acc * scale, gate_acc * scale
+    inside = (tokens < T)[:, None] & (rows < N)[None, :]
+    if SPLIT_K > 1:
+        part_ptrs = part_ptr + safe_tokens[:, None] * N + rows[None, :]
+        size = T.to(tl.int64) * N
+        tl.store(part_ptrs + tl.program_id(2) * size, acc, mask=inside)
+        tl.debug_barrier()
+        counter = counter_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        if tl.atomic_add(counter, 1, sem="acq_rel") < SPLIT_K - 1:
+            return
+        acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for part in tl.static_range(SPLIT_K):
+            acc += tl.load(part_ptrs + part * size, mask=inside, other=0.0, cache_modifier=".cg")
+        tl.store(counter, 0)
 
     if HAS_BIAS:
         up_bias_ptr = bias_ptr + N if SWIGLU else bias_ptr
@@ -352,7 +383,6 @@ def _matmul_kernel(
             gate_acc += tl.load(bias_ptr + safe_rows).to(dtype).to(tl.float32)[None, :]
     if SWIGLU:
         acc = gate_acc / (1.0 + tl.exp(-gate_acc)) * acc
-    inside = (tokens < T)[:, None] & (rows < N)[None, :]
     if HAS_RES:
         residual = tl.load(res_ptr + safe_tokens[:, None] * stride_rt + rows[None, :], mask=inside, other=0.0)
         acc += residual.to(tl.float32)
@@ -365,13 +395,14 @@ def matmul(
     weight_NK: Tensor,
     bias_N: Tensor | None = None,
     *,
+    norm: tuple[Tensor, float] | None = None,
     swiglu: bool = False,
     residual_TN: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     config: MatmulConfig | None = None,
     pdl: bool | None = None,
 ) -> Tensor:
-    """`linear` without its norm for any number of tokens: x [T, K] -> [T, N], or [T, N / 2] with SwiGLU.
+    """`linear` for any number of tokens: x [T, K] -> [T, N], or [T, N / 2] with SwiGLU.
 
     Rows of x and of the weight are contiguous. fp32 inputs are multiplied in fp32, not TF32. With a given `config`, a
     row's bits depend neither on T nor on the other rows. `config` None takes the measured one for few tokens.
@@ -381,6 +412,7 @@ def matmul(
     assert weight_NK.shape[1] == size
     assert x_TK.stride(1) == weight_NK.stride(1) == 1
     config = config or skinny_config(num_tokens, outputs, size, swiglu)
+    assert config.split_k == 1 or not (swiglu or norm)
     pdl = dependent_launch(x_TK.device) if pdl is None else pdl
     out = torch.empty(num_tokens, outputs, dtype=out_dtype or x_TK.dtype, device=x_TK.device)
     if num_tokens == 0:
@@ -389,13 +421,20 @@ def matmul(
     residual = residual if residual.stride(1) == 1 else residual.contiguous()
     line = 128 // x_TK.element_size()
     lines = triton.next_power_of_2(triton.cdiv(size, line))
-    launch: Any = _matmul_kernel[(triton.cdiv(outputs, config.block_n), triton.cdiv(num_tokens, config.block_m))]
+    grid = (triton.cdiv(outputs, config.block_n), triton.cdiv(num_tokens, config.block_m), config.split_k)
+    parts = counters = out
+    if config.split_k > 1:
+        parts = torch.empty(config.split_k, num_tokens, outputs, dtype=torch.float32, device=x_TK.device)
+        counters = zeroed_counters(x_TK.device, triton.next_power_of_2(grid[0] * grid[1]))
+    norm_weight, eps = (x_TK, 0.0) if norm is None else (norm[0].contiguous(), norm[1])
+    launch: Any = _matmul_kernel[grid]
     launch(
-        x_TK, weight_NK, x_TK if bias_N is None else bias_N.contiguous(), residual, out, num_tokens, outputs,
-        x_TK.stride(0), weight_NK.stride(0), residual.stride(0),
+        x_TK, weight_NK, x_TK if bias_N is None else bias_N.contiguous(), residual, norm_weight, out, parts, counters,
+        num_tokens, outputs, x_TK.stride(0), weight_NK.stride(0), residual.stride(0), eps,
         K=size, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, NUM_STAGES=config.num_stages,
-        HAS_BIAS=bias_N is not None, SWIGLU=swiglu, HAS_RES=residual_TN is not None,
-        PRECISION="ieee", PREFETCH_LINES=lines if pdl and num_tokens <= config.block_m else 0, USE_PDL=pdl,
+        SPLIT_K=config.split_k, HAS_BIAS=bias_N is not None, HAS_NORM=norm is not None, SWIGLU=swiglu,
+        HAS_RES=residual_TN is not None, PRECISION="ieee",
+        PREFETCH_LINES=lines if pdl and num_tokens <= config.block_m and config.split_k == 1 else 0, USE_PDL=pdl,
         num_warps=config.num_warps, num_stages=config.num_stages, **options(pdl),
     )  # fmt: skip
     return out
@@ -486,3 +525,20 @@ def _skinny_rule(block_m: int, outputs: int, size: int, swiglu: bool) -> MatmulC
 def skinny_config(num_tokens: int, outputs: int, size: int, swiglu: bool) -> MatmulConfig:
     """The measured configuration for few tokens, else narrow tiles so that every multiprocessor has some."""
     return _skinny_rule(max(16, _power_of_2(min(num_tokens, 64))), outputs, size, swiglu)
+
+
+TILES: dict[tuple[int, int, int, bool], MatmulConfig | None] = {}
+"""Measured best by (tokens, outputs, inputs, SwiGLU); None where cuBLAS is faster. For up to that many tokens."""
+
+_TILE_TOKENS = (16, 32, 64, 128, 256)
+
+
+@functools.cache
+def tile_config(num_tokens: int, outputs: int, size: int, swiglu: bool) -> MatmulConfig | None:
+    """The tile of `matmul` for so many tokens (2 or more), or None where cuBLAS is the better choice."""
+    for tokens in _TILE_TOKENS:
+        if num_tokens <= tokens:
+            if (found := (tokens, outputs, size, swiglu)) in TILES:
+                return TILES[found]
+            return skinny_config(num_tokens, outputs, size, swiglu) if tokens == 16 else None
+    return None

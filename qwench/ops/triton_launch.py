@@ -55,3 +55,13 @@ def dependent_launch(device: torch.device) -> bool:
 def options(pdl: bool) -> dict[str, Any]:
     """Further launch options of a kernel whose USE_PDL is `pdl`; the interpreter does not know `launch_pdl`."""
     return {"launch_pdl": True} if pdl else {}
+
+
+@functools.cache
+def zeroed_counters(device: torch.device, size: int) -> torch.Tensor:
+    """int32 zeros by which the programs of a launch find out which of them is the last; each launch leaves zeros.
+
+    Launches of one stream follow each other, so they share them.
+    """
+    with torch.inference_mode(False):
+        return torch.zeros(size, dtype=torch.int32, device=device)

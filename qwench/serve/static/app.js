@@ -208,6 +208,8 @@ async function loadModels() {
   }
   if (!looking) showBanner("");
   chat.model = models[0]?.id ?? "";
+  drawer.defaults = models[0]?.sampling_defaults ?? {};
+  if (!byId("fields").contains(document.activeElement)) drawer.show();
   modelPicker.replaceChildren(...models.map(({ id }) => h("option", { value: id }, id)));
   showModel();
 }

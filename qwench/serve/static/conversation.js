@@ -78,10 +78,13 @@ export function siblings(conversation, node) {
 /** Calls of the last answer that still wait for a result; [] if none do. */
 export function waitingCalls(conversation) {
   const last = pathOf(conversation).at(-1);
-  return last?.role === "assistant" && last.status === "done" ? (last.tool_calls ?? []) : [];
+  return last?.role === "assistant" && isWhole(last) ? (last.tool_calls ?? []) : [];
 }
 
-/** The turns down to `node` as OpenAI messages. Calls of an unfinished answer are left out: they may be half written. */
+/** False for an answer that was cut off: its tool calls may be half written. */
+const isWhole = (node) => node.status === "done" && node.finish !== "length";
+
+/** The turns down to `node` as OpenAI messages. Calls of an unfinished answer are left out. */
 export function messagesTo(conversation, node) {
   const turns = [];
   for (let at = node; at; at = conversation.nodes[at.parent]) turns.unshift(at);
@@ -92,7 +95,7 @@ export function messagesTo(conversation, node) {
     else if (turn.role === "user") messages.push({ role: "user", content: turn.content });
     else {
       const message = { role: "assistant", content: turn.content };
-      if (turn.tool_calls?.length && turn.status === "done") {
+      if (turn.tool_calls?.length && isWhole(turn)) {
         message.tool_calls = turn.tool_calls.map(({ id, name, arguments: text }) => ({ id, type: "function", function: { name, arguments: text } }));
       }
       messages.push(message);

@@ -25,6 +25,7 @@ export class Drawer {
     this.body = body;
     this.chat = chat;
     this.page = page;
+    this.defaults = {}; // the model's own values of sampling fields, where the server tells them
     this.open = new Set(["system", "sampling"]); // sections that are unfolded
   }
 
@@ -89,12 +90,12 @@ export class Drawer {
 
   #number({ name, min, max, step, slider }) {
     const id = `set-${name}`;
-    const input = h("input", { type: "number", id, min, max, step: step === 1 ? 1 : "any", placeholder: t("set.default"), inputmode: step === 1 ? "numeric" : "decimal" });
+    const input = h("input", { type: "number", id, min, max, step: step === 1 ? 1 : "any", placeholder: this.defaults[name] ?? t("set.default"), inputmode: step === 1 ? "numeric" : "decimal" });
     const value = this.settings.sampling[name];
     input.value = value ?? "";
     const row = h("div", { class: "field number" }, h("label", { for: id, title: name }, t(`p.${name}`)), input);
     const range = slider && h("input", { type: "range", min, max, step, "aria-label": t(`p.${name}`), tabindex: "-1" });
-    const neutral = { temperature: 1, top_p: 1, repetition_penalty: 1 }[name] ?? 0;
+    const neutral = this.defaults[name] ?? 0;
     const show = () => {
       row.classList.toggle("set", input.value !== "");
       if (range) range.value = input.value === "" ? neutral : input.value;

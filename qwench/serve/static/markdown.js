@@ -71,6 +71,7 @@ function readFence(lines, at, [, indent, marks, info]) {
     closed = closing.test(lines[i]);
     if (!closed) code.push(indent ? lines[i].replace(strip, "") : lines[i]);
   }
+  if (!closed && code.at(-1) === "") code.pop(); // the line that is about to be written
   const lang = (info.trim().split(/[\s{,]/)[0] ?? "").toLowerCase();
   return { type: "code", lang, code, closed, last };
 }

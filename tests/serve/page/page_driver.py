@@ -111,6 +111,7 @@ class ChatPage:
     def load(self) -> None:
         self.page.goto(self.url + "/")
         self.page.wait_for_selector("body.ready")
+        self.until("document.querySelector('#model').value || !document.querySelector('#banner').hidden")
 
     @property
     def input(self) -> Locator:

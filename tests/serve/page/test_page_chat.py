@@ -140,6 +140,25 @@ def test_a_tool_call_is_a_card_that_takes_the_result(chat: ChatPage) -> None:
     assert chat.answers.count() == 2
 
 
+def test_a_tool_call_that_is_cut_off_takes_no_result(chat: ChatPage) -> None:
+    tools = chat.set_open("tools")
+    tools.get_by_label("Tool definitions").fill(WEATHER)
+    tools.get_by_role("radio", name="Always").check()
+    limit = chat.set_open("sampling").get_by_label("Max tokens")
+    chat.ask("Who are you?")
+    [conversation] = chat.stored()
+    [whole] = [node["stats"]["out"] for node in conversation["nodes"].values() if node["role"] == "assistant"]
+    limit.fill(str(whole - 6))
+    chat.answers.last.get_by_role("button", name="Regenerate").click()
+    chat.finished()
+    chat.page.locator(".note", has_text="Cut off").wait_for()
+    assert chat.page.locator(".tool-card textarea").count() == 0
+    limit.fill("")
+    tools.get_by_role("radio", name="Never").check()
+    chat.ask("And now?")
+    assert chat.page.locator(".error").count() == 0, "half a call was sent back to the server"
+
+
 def test_conversations_survive_a_reload_and_are_found(chat: ChatPage) -> None:
     chat.ask("Who are you?")
     chat.page.keyboard.press("Control+k")

@@ -33,6 +33,7 @@ def test_settings_are_sent_shown_and_kept(chat: ChatPage) -> None:
         "presence_penalty": -0.5, "frequency_penalty": 0.25, "max_tokens": 5, "seed": 7,
     }  # fmt: skip
     sampling = chat.set_open("sampling")
+    assert sampling.locator("#set-temperature").get_attribute("placeholder") == "0", "the server's own default"
     for name, value in given.items():
         sampling.locator(f"#set-{name}").fill(str(value))
     sampling.locator("#set-stop").fill("END\n\\n\\n")

@@ -46,6 +46,10 @@ $$
 +new
 -old
 ~~~
+A line
+#tag and not a heading
+```code``` and not a fence
+***bold*** and not a rule
 The end: 2 * 3 * 4, a_b_c, $5 and $10.
 """
 OUTLINES = [
