@@ -37,6 +37,7 @@ from torch import Tensor
 from qwench.ops import linear as linear_module
 from qwench.ops.dispatch import forced
 from qwench.ops.linear import linear
+from qwench.ops.norm import rms_norm
 from qwench.ops.linear_triton import GemvConfig, MatmulConfig, gemv, gemv_config, matmul
 
 MODELS = {
@@ -197,7 +198,7 @@ def tile_grid(matrix: Matrix, num_tokens: int) -> Iterator[MatmulConfig]:
         shared = stages * block_k * (block_m + pair * block_n) * 2
         programs = -(-matrix.outputs // block_n) * -(-num_tokens // block_m) * split
         steps = matrix.size // (split * block_k)
-        if split > 1 and (matrix.norm or matrix.swiglu or programs > 600 or matrix.outputs > 10000):
+        if split > 1 and (matrix.swiglu or programs > 600 or matrix.outputs > 10000):
             continue
         if programs < 50 or steps < 2 or not 24e3 < shared < 220e3 or block_m * block_n * pair > 128 * 256:
             continue
@@ -221,9 +222,8 @@ def tuned_call(matrix: Matrix, inputs: Inputs, num_tokens: int) -> Callable[[Ten
         if config is None:  # cuBLAS between Triton's row kernels
             with cublas_only():
                 return linear(x, weight, inputs.bias, norm=inputs.norm, swiglu=matrix.swiglu, residual=residual)
-        return matmul(
-            x, weight, inputs.bias, norm=inputs.norm, swiglu=matrix.swiglu, residual_TN=residual, config=config
-        )
+        normed = x if inputs.norm is None else rms_norm(x, *inputs.norm)
+        return matmul(normed, weight, inputs.bias, swiglu=matrix.swiglu, residual_TN=residual, config=config)
 
     return call
 

@@ -84,10 +84,10 @@ def evaluation_conversations(context: Context) -> list[Conversation]:
 
 
 def answer_all(context: Context, questions: Sequence[Conversation], run: str) -> list[Answer]:
-    engine = Engine(context.path(run))
     params = SamplingParams(temperature=0, max_tokens=ANSWER_TOKENS)
     title = {"pretrain": "asking the base model", "sft": "asking the chat model"}[run]
-    return ask(engine.generator, engine.tokenizer, [question.prompt for question in questions], params, title)
+    with Engine(context.path(run)) as engine:
+        return ask(engine, engine.tokenizer, [question.prompt for question in questions], params, title)
 
 
 def score(cfg: DemoConfig, questions: Sequence[Conversation], answers: Sequence[Answer]) -> dict[str, float]:

@@ -22,7 +22,7 @@ class Answer:
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
         self.top_logprobs: list[dict[int, float]] = []
-        self.prompt_logprobs: list[float | None] | None = None
+        self.prompt_logprobs: list[float | None] | None = [None] if params.prompt_logprobs else None
         self.num_cached_tokens = 0
         self.finish: FinishReason | None = None
         self._tokenizer, self._streaming = tokenizer, streaming
@@ -59,8 +59,8 @@ class Answer:
         return False
 
     def stop(self) -> bool:
-        """End the answer here, as a finished grammar does."""
-        return self._end("stop") if self.finish is None else True
+        """End the answer here, as a finished grammar does; this reason goes before the limit's."""
+        return self._end("stop") if self.finish in (None, "length") else True
 
     def _cut(self, num_new: int) -> bool:
         """Cut the text at the first stop string that the last `num_new` characters have completed."""

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,9 +32,14 @@ class CacheShape:
         return 2 * self.num_layers * self.block_size * self.num_kv_heads * self.head_size * self.dtype.itemsize
 
     def allocate(self, num_blocks: int, device: torch.device) -> list[KVCache]:
+        """Keys and values of each layer, all zero. On a CPU, memory is taken only as blocks are written."""
         shape = (self.num_layers, 2, num_blocks, self.block_size, self.num_kv_heads, self.head_size)
-        whole = torch.zeros(shape, dtype=torch.uint8 if self.dtype.itemsize == 1 else self.dtype, device=device)
-        return [(layer[0], layer[1]) for layer in whole.view(self.dtype)]
+        if device.type == "cpu":  # numpy gets zeroed pages from the system, where torch would write zeros
+            whole = torch.from_numpy(np.zeros(self.block_bytes * num_blocks, np.uint8)).view(self.dtype).view(shape)
+        else:
+            raw = torch.uint8 if self.dtype.itemsize == 1 else self.dtype
+            whole = torch.zeros(shape, dtype=raw, device=device).view(self.dtype)
+        return [(layer[0], layer[1]) for layer in whole]
 
 
 def cache_shape(

@@ -6,11 +6,13 @@ import argparse
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from typing import TextIO
 
 from rich.console import Console
 from rich.markup import escape
 
+from qwench.engine.config import EngineConfig
 from qwench.engine.engine import Engine
 from qwench.ops.hardware import pick_device, pick_dtype
 from qwench.types import Message, SamplingParams
@@ -53,14 +55,15 @@ def main(argv: list[str]) -> int:
     started = time.perf_counter()
     with err.status(f"loading {escape(args.model)}"):
         dtype = pick_dtype("auto", pick_device(args.device)) if args.dtype == "auto" else args.dtype
-        engine = Engine(args.model, args.device, dtype, args.tokenizer)
+        engine = Engine(args.model, args.device, dtype, args.tokenizer, EngineConfig(max_seqs=1))
     err.print(f"[dim]loaded in {time.perf_counter() - started:.1f} s; /help lists the commands[/]")
-    chat = Chat(engine, params, args.system)
-    if args.prompt:
+    with engine:
+        chat = Chat(engine, params, args.system)
+        if not args.prompt:
+            return chat.loop()
         for prompt in args.prompt:
             chat.ask(prompt)
-        return 0
-    return chat.loop()
+    return 0
 
 
 class Chat:
@@ -81,14 +84,14 @@ class Chat:
         question = Message(role="user", content=text)
         prompt = self.engine.tokenizer.render([*self.messages, question])
         answer, num_tokens, first, started = "", 0, None, time.perf_counter()
-        pieces = self.engine.stream(prompt, self.params)
         try:
-            for chunk in pieces:
-                first = first or time.perf_counter()
-                answer += chunk.text
-                self.out.write(chunk.text)
-                self.out.flush()
-                num_tokens = len(chunk.completion.token_ids) if chunk.completion else num_tokens + 1
+            with closing(self.engine.stream(prompt, self.params)) as pieces:  # Ctrl-C frees the answer's cache
+                for chunk in pieces:
+                    first = first or time.perf_counter()
+                    answer += chunk.text
+                    self.out.write(chunk.text)
+                    self.out.flush()
+                    num_tokens += len(chunk.token_ids)
         except KeyboardInterrupt:
             err.print("\n[dim](stopped)[/]", end="")
         self.out.write("\n")

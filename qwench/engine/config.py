@@ -6,6 +6,8 @@ from typing import Literal
 
 from qwench.config import config
 
+MAX_DECODE_STEPS = 64
+
 
 @config
 class EngineConfig:
@@ -14,11 +16,12 @@ class EngineConfig:
     max_seqs: int | None = None
     """Sequences that run at the same time; 1024 on a GPU, 16 on a CPU."""
     max_step_tokens: int | None = None
-    """Tokens of one forward pass. Longer prompts are read in chunks; 16,384 on a GPU, 1,024 on a CPU."""
+    """Tokens of one forward pass, at least max_seqs. Longer prompts are read in chunks; 16,384 on a GPU, 1,024 on a
+    CPU."""
     block_size: int = 16
     """Positions in one block of the key/value cache."""
     memory_fraction: float = 0.9
-    """Share of the device's memory that weights, activations and cache may fill together (on a CPU: of what is free)."""
+    """Share of the device's memory that weights, activations and cache may fill together (CPU: of what is free)."""
     cache_tokens: int | None = None
     """Size of the key/value cache in tokens; by default what the measured free memory holds."""
     cache_dtype: Literal["auto", "fp8"] = "auto"
@@ -27,8 +30,8 @@ class EngineConfig:
     """Keep the blocks of finished prompts, and reuse them for prompts that begin alike."""
     cuda_graphs: bool = True
     """Replay recorded decoding steps instead of launching each kernel."""
-    decode_steps: int = 8
-    """Decoding steps launched between two looks of the host, at most; short steps profit."""
+    decode_steps: int | None = None
+    """Decoding steps launched between two looks of the host, at most; short steps profit. 8 on a GPU, 1 on a CPU."""
     overlap: bool = True
     """Launch the next step before the tokens of the last one are read."""
     compile: bool = False
@@ -51,6 +54,13 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; give at least 1")
+        if self.decode_steps is not None and self.decode_steps > MAX_DECODE_STEPS:
+            raise ValueError(f"decode_steps is {self.decode_steps}; give at most {MAX_DECODE_STEPS}")
+        if self.max_seqs is not None and self.max_step_tokens is not None and self.max_seqs > self.max_step_tokens:
+            raise ValueError(
+                f"max_step_tokens is {self.max_step_tokens}, but {self.max_seqs} sequences (max_seqs) need a token "
+                "each in every step; raise max_step_tokens or lower max_seqs"
+            )
         if not 1 <= self.draft_tokens <= 15:
             raise ValueError(f"draft_tokens is {self.draft_tokens}; give 1 to 15")
         if self.speculate == "draft" and self.draft_model is None:

@@ -28,8 +28,9 @@ class Core:
     ) -> None:
         self.runner, self.pool, self.config = runner, pool, config
         self.scheduler = Scheduler(
-            pool, max_seqs, max_step_tokens, config.decode_steps, deterministic=config.deterministic
+            pool, max_seqs, max_step_tokens, config.decode_steps or 1, deterministic=config.deterministic
         )
+        self.overlap = config.overlap and runner.on_gpu
         self.num_generated = 0
         self._flight: Flight | None = None
         self._placed: dict[int, int] = {}
@@ -59,7 +60,7 @@ class Core:
                 self._flight, before = self._launch(planned, before)
             if before is not None:
                 self._read(before)
-            if not self.config.overlap or not self.runner.on_gpu:
+            if not self.overlap:
                 self._drain()
 
     def _kernels(self) -> AbstractContextManager[None]:
@@ -72,7 +73,7 @@ class Core:
             self._drain()
             return self.scheduler.plan(in_flight=False, max_steps=self._max_steps())
 
-    def _max_steps(self) -> int:
+    def _max_steps(self) -> int | None:
         return 1 if any(s.needs_host for s in self.scheduler.running) else self.config.decode_steps
 
     def _drain(self) -> None:
@@ -181,9 +182,16 @@ class Core:
             if sequence.num_to_skip:
                 skipped = min(sequence.num_to_skip, len(line))
                 sequence.num_to_skip -= skipped
+                if sequence.matcher is not None:
+                    for token in line[:skipped]:
+                        sequence.matcher.consume(token)
                 line, values = line[skipped:], values[skipped:]
             if sequence.needs_host:
-                self._push_one(sequence, line, values, None if top is None else (top[0][column], top[1][column]))
+                try:
+                    self._push_one(sequence, line, values, None if top is None else (top[0][column], top[1][column]))
+                except ValueError as error:  # a grammar that became too expensive ends its own answer only
+                    self.fail(sequence, error)
+                    continue
             else:
                 sequence.answer.extend(line, values)
             self.num_generated += len(sequence.outputs) - num_before
@@ -199,10 +207,10 @@ class Core:
         for token, logprob in zip(line, values, strict=True):
             count = sequence.params.top_logprobs
             best = dict(zip(top[0][:count], top[1][:count], strict=True)) if count and top is not None else None
-            ended = sequence.answer.push(token, logprob, best)
-            if sequence.matcher is not None and not ended:
+            sequence.answer.push(token, logprob, best)
+            if sequence.matcher is not None and sequence.answer.finish != "stop":
                 sequence.matcher.consume(token)
-                if sequence.matcher.is_finished:
+                if sequence.matcher.is_finished:  # also where the limit is reached at once
                     sequence.answer.stop()
 
     def _leave(self, sequence: Sequence) -> None:

@@ -3,7 +3,7 @@
 The order is that of `SamplingParams`. What the rows of a step need decides its `Mode`, a part of the key of recorded
 graphs; what only the host can know (biases, bans, grammars) comes as `Extras`.
 
-Shape suffixes: B rows of the step, V vocabulary rows, R rows of the engine's state.
+Shape suffixes: B rows of the step, V vocabulary rows, R rows of the engine's state, N rows of counts.
 """
 
 from __future__ import annotations
@@ -57,9 +57,34 @@ def draw(
     extras: Extras | None = None,
     upload: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Tokens [B] int64 and the log-probabilities [B] fp32 that the model itself gives them.
+    """Tokens [B] int64 and the log-probabilities [B] fp32 that the model itself gives them; the tokens are counted.
 
     `which` rows of the state the logits belong to. Without extras nothing here needs the host.
+    """
+    slots_B = torch.arange(which.stop, device=logits_BV.device) if isinstance(which, slice) else which
+    tokens_B, logprobs_B = draw_at(
+        logits_BV, rows, which, rows.step[which], mode, counts_RV, slots_B, vocab_size, extras, upload
+    )
+    if mode.penalised and counts_RV is not None:
+        count_(counts_RV, slots_B, tokens_B)
+    return tokens_B, logprobs_B
+
+
+def draw_at(
+    logits_BV: Tensor,
+    rows: RowState,
+    which: slice | Tensor,
+    steps_B: Tensor,
+    mode: Mode,
+    counts_NV: Tensor | None,
+    slots_B: Tensor,
+    vocab_size: int,
+    extras: Extras | None = None,
+    upload: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`draw` for the places `steps_B` [B] int64 of the answers, with the counts in row slots_B[b] of `counts_NV`.
+
+    Row b draws as row which[b] of the state does, which may stand there several times. Nothing is counted.
     """
     drawing = SamplingRows(
         temperature=rows.temperature[which],
@@ -67,16 +92,15 @@ def draw(
         top_p=rows.top_p[which],
         min_p=rows.min_p[which],
         seeds=rows.seed[which],
-        steps=rows.step[which],
+        steps=steps_B,
         filtered=mode.filtered,
         vocab_size=vocab_size,
     )
-    slots_B = torch.arange(which.stop, device=logits_BV.device) if isinstance(which, slice) else which
     changed_BV = logits_BV
     if mode.penalised:
-        assert counts_RV is not None
+        assert counts_NV is not None
         penalties = rows.repetition[which], rows.presence[which], rows.frequency[which]
-        changed_BV = penalise(logits_BV, counts_RV, slots_B, *penalties)
+        changed_BV = penalise(logits_BV, counts_NV, slots_B, *penalties)
     if extras is not None and upload is not None and (extras.edits or extras.masked):
         if changed_BV is logits_BV:
             changed_BV = logits_BV.to(torch.float32, copy=True)
@@ -88,7 +112,4 @@ def draw(
             everything = torch.full((changed_BV.shape[0], extras.masks.shape[1]), -1, dtype=torch.int32)
             everything[extras.masked] = torch.from_numpy(extras.masks)
             mask_(changed_BV, upload(everything))
-    tokens_B, logprobs_B = sample(changed_BV, drawing, None if changed_BV is logits_BV else logits_BV)
-    if mode.penalised and counts_RV is not None:
-        count_(counts_RV, slots_B, tokens_B)
-    return tokens_B, logprobs_B
+    return sample(changed_BV, drawing, None if changed_BV is logits_BV else logits_BV)

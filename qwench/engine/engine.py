@@ -3,21 +3,23 @@
     with Engine("path") as engine:
         engine.generate([engine.tokenizer.encode("Hello")], SamplingParams(temperature=0, max_tokens=8))
 
-One thread of its own runs the loop of `core.py`; callers on any thread, or on asyncio loops, hand it requests and get
+One thread of its own runs the steps of `core.py`; callers on any thread, or on asyncio loops, hand it requests and get
 what is new after each step.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import functools
 import logging
+import math
 import queue
 import secrets
 import threading
-from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+import weakref
+from collections.abc import AsyncGenerator, Callable, Generator
 from collections.abc import Sequence as Seq
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -30,6 +32,8 @@ from qwench.engine.blocks import BlockPool
 from qwench.engine.cache import cache_shape, num_blocks_that_fit
 from qwench.engine.config import EngineConfig
 from qwench.engine.core import Core
+from qwench.engine.loop import EngineLoop
+from qwench.engine.mailbox import Mailbox
 from qwench.engine.runner import Runner
 from qwench.engine.sequence import Sequence
 from qwench.model.checkpoint import locate
@@ -81,7 +85,6 @@ class Engine:
         `dtype` "auto" takes bf16 on a GPU and fp32 on a CPU. `tokenizer` overrides the one beside the model.
         Raises ValueError for what cannot be loaded or does not fit.
         """
-        self.config = config or EngineConfig()
         if isinstance(path, CausalLM):
             if tokenizer is None:
                 raise ValueError("an engine over a loaded model needs its tokenizer: Engine(model, tokenizer=...)")
@@ -91,35 +94,56 @@ class Engine:
             if dtype == "auto":
                 dtype = "bfloat16" if place.type == "cuda" else "float32"
             where = locate(path)
-            self.model = load_model(where, device=place, dtype=dtype)
             tokenizer = tokenizer or where
-        self.tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else Tokenizer.load(tokenizer)
+            with ThreadPoolExecutor(1) as pool:  # a real vocabulary takes as long to read as small weights
+                reading = None if isinstance(tokenizer, Tokenizer) else pool.submit(_read_tokenizer, tokenizer)
+                self.model = load_model(where, device=place, dtype=dtype)
+            if reading is not None:
+                tokenizer = reading.result()
+        self.tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else _read_tokenizer(tokenizer)
         shape = self.model.config
         if self.tokenizer.vocab_size > shape.vocab_size:
             raise ValueError(
                 f"the tokenizer has {self.tokenizer.vocab_size} ids but the model only {shape.vocab_size} rows; "
                 "use the tokenizer that belongs to the model"
             )
+        self.config = self._decided(config or EngineConfig())
         self.max_len = self.config.max_len or shape.max_position_embeddings
         self._ends = frozenset((*self.tokenizer.eos_token_ids, *shape.eos_token_ids))
         self._core, self.num_blocks = self._build()
-        self._inbox: deque[tuple[Callable[[Sequence], None], Sequence]] = deque()
-        self._wake = threading.Condition()
-        self._thread: threading.Thread | None = None
-        self._closed = False
-        self._failure: BaseException | None = None
+        self._loop = EngineLoop(self._core)
+        self._lock = threading.Lock()
         self._grammars: GrammarCompiler | None = None
+        self._mailboxes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Mailbox] = weakref.WeakKeyDictionary()
+        # An engine that nobody closes ends with its last reference, at the latest before the interpreter does.
+        weakref.finalize(self, self._loop.close)
+
+    def _decided(self, config: EngineConfig) -> EngineConfig:
+        """The settings with numbers in place of None."""
+        weight, context = self.model.model.embed_tokens.weight, self.model.config.max_position_embeddings
+        on_gpu = weight.device.type == "cuda"
+        if config.deterministic and not on_gpu:
+            raise ValueError("deterministic=true needs the GPU's batch-invariant kernels; leave it out on a CPU")
+        if config.max_len is not None and config.max_len > context:
+            raise ValueError(
+                f"max_len is {config.max_len}, but the model's context has {context} tokens; give at most that"
+            )
+        most_seqs, most_tokens = (1024, 16384) if on_gpu else (16, 1024)
+        return replace(
+            config,
+            max_len=config.max_len or context,
+            max_seqs=config.max_seqs or min(most_seqs, config.max_step_tokens or most_seqs),
+            max_step_tokens=config.max_step_tokens or max(most_tokens, config.max_seqs or 0),
+            decode_steps=config.decode_steps or (8 if on_gpu else 1),
+        )
 
     def _build(self) -> tuple[Core, int]:
         config, model = self.config, self.model
         weight = model.model.embed_tokens.weight
         device, dtype = weight.device, model.model.compute_dtype or weight.dtype
-        on_gpu = device.type == "cuda"
-        if config.deterministic and not on_gpu:
-            raise ValueError("deterministic=true needs the GPU's batch-invariant kernels; leave it out on a CPU")
-        max_seqs = config.max_seqs or (1024 if on_gpu else 16)
-        max_step_tokens = config.max_step_tokens or (16384 if on_gpu else 1024)
-        size = config.block_size
+        max_seqs, max_step_tokens, size = config.max_seqs, config.max_step_tokens, config.block_size
+        assert max_seqs is not None
+        assert max_step_tokens is not None
         runner = Runner(model, config, self.tokenizer.vocab_size, max_seqs, -(-self.max_len // size))
         shape = cache_shape(model.config, config, dtype)
         with torch.inference_mode():
@@ -157,14 +181,14 @@ class Engine:
         done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
         for sequence in sequences:
             sequence.on_end, sequence.on_failure = lambda: done.put(None), done.put
-        self._start(sequences)
+        self._loop.start(sequences)
         try:
             for _ in sequences:
                 _raise(done.get())
                 if progress is not None:
                     progress(1)
         finally:
-            self._abort(sequences)
+            self._loop.give_up(sequences)
         return [sequence.answer.completion() for sequence in sequences]
 
     def _answers_to(self, prompt: Seq[int], params: SamplingParams) -> list[Sequence]:
@@ -173,42 +197,44 @@ class Engine:
         seed = secrets.randbits(63) if params.seed is None else params.seed
         return [self._sequence(prompt, replace(params, n=1, seed=seed + i)) for i in range(params.n)]
 
-    def stream(self, prompt: Seq[int], params: SamplingParams) -> Iterator[Chunk]:
+    def stream(self, prompt: Seq[int], params: SamplingParams) -> Generator[Chunk]:
         """The pieces of one answer as they become final; the last one carries the completion.
 
-        Closing the iterator early gives the answer up and frees its cache.
+        The answer is begun at once. Closing the generator early gives it up and frees its cache.
+        Raises ValueError when the prompt cannot be served.
         """
         chunks: queue.SimpleQueue[Chunk | BaseException] = queue.SimpleQueue()
         sequence = self._sequence(prompt, params, chunks.put)
         sequence.on_failure = chunks.put
-        self._start([sequence])
-        return self._pieces(sequence, chunks)
+        pieces = self._pieces(sequence, chunks)
+        next(pieces)
+        return pieces
 
-    def _pieces(self, sequence: Sequence, chunks: queue.SimpleQueue[Chunk | BaseException]) -> Iterator[Chunk]:
+    def _pieces(self, sequence: Sequence, chunks: queue.SimpleQueue[Chunk | BaseException]) -> Generator[Chunk]:
+        self._loop.start([sequence])
         try:
+            yield Chunk(text="")  # for `stream`: Python ends only generators that have begun
             while not isinstance(item := chunks.get(), BaseException):
                 yield item
                 if item.completion is not None:
                     return
             _raise(item)
         finally:
-            self._abort([sequence])
+            self._loop.give_up([sequence])
 
-    async def astream(self, prompt: Seq[int], params: SamplingParams) -> AsyncIterator[Chunk]:
+    async def astream(self, prompt: Seq[int], params: SamplingParams) -> AsyncGenerator[Chunk]:
         """`stream` for asyncio. Leaving the loop early (break, cancellation) gives the answer up and frees its cache.
 
         After a break, close the generator (`contextlib.aclosing`): Python does so only some time later by itself.
         """
-        loop = asyncio.get_running_loop()
         chunks: asyncio.Queue[Chunk | BaseException] = asyncio.Queue()
-
-        def put(item: Chunk | BaseException) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has been closed: nobody listens any more
-                loop.call_soon_threadsafe(chunks.put_nowait, item)
-
-        sequence = self._sequence(prompt, params, put)
+        put = functools.partial(self._mailbox(asyncio.get_running_loop()).put, chunks)
+        if params.grammar is None:
+            sequence = self._sequence(prompt, params, put)
+        else:  # compiling may take a second, in which the loop has other work
+            sequence = await asyncio.to_thread(self._sequence, prompt, params, put)
         sequence.on_failure = put
-        self._start([sequence])
+        self._loop.start([sequence])
         try:
             while not isinstance(item := await chunks.get(), BaseException):
                 yield item
@@ -216,7 +242,14 @@ class Engine:
                     return
             _raise(item)
         finally:
-            self._abort([sequence])
+            self._loop.give_up([sequence])
+
+    def _mailbox(self, loop: asyncio.AbstractEventLoop) -> Mailbox:
+        with self._lock:
+            mailbox = self._mailboxes.get(loop)
+            if mailbox is None:
+                mailbox = self._mailboxes[loop] = Mailbox(loop)
+            return mailbox
 
     def validate(self, prompt: Seq[int], params: SamplingParams) -> list[int]:
         """The prompt as a list. Raises ValueError for what cannot be served: empty, too long, unknown ids."""
@@ -231,10 +264,19 @@ class Engine:
             raise ValueError(f"token id {bad} is outside the model's rows 0 to {rows - 1}")
         longest = min(self.max_len, self.cache_tokens) - 1
         if len(ids) > longest:
-            what = "context" if self.max_len <= self.cache_tokens else "key/value cache"
-            raise ValueError(f"the prompt has {len(ids)} tokens; the {what} holds {longest} and one of the answer")
+            what, name = ("context", "max_len") if self.max_len <= self.cache_tokens else ("cache", "cache_tokens")
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens, but the {what} ({name}) holds {longest} and one of the answer; "
+                "shorten the prompt"
+            )
         if bad_bias := [token for token in params.logit_bias if not 0 <= token < self.tokenizer.vocab_size]:
             raise ValueError(f"logit_bias names token {bad_bias[0]}; ids run from 0 to {self.tokenizer.vocab_size - 1}")
+        if bad_value := [value for value in params.logit_bias.values() if math.isnan(value) or value == math.inf]:
+            raise ValueError(
+                f"logit_bias has the value {bad_value[0]}; give a finite number, or -inf to forbid a token"
+            )
+        if bad_stop := [token for token in params.stop_token_ids if not 0 <= token < rows]:
+            raise ValueError(f"stop_token_ids has {bad_stop[0]}; ids run from 0 to {rows - 1}")
         return ids
 
     @property
@@ -260,61 +302,25 @@ class Engine:
     @property
     def grammars(self) -> GrammarCompiler:
         """Compiles grammars for this tokenizer; built when first needed."""
-        if self._grammars is None:
-            from qwench.engine.grammar import GrammarCompiler
+        with self._lock:
+            if self._grammars is None:
+                from qwench.engine.grammar import GrammarCompiler
 
-            self._grammars = GrammarCompiler(self.tokenizer, self.model.config.vocab_size)
-        return self._grammars
+                self._grammars = GrammarCompiler(self.tokenizer, self.model.config.vocab_size)
+            return self._grammars
 
-    # -------------------------------------------------------------------------------------------------------- thread
-    def _start(self, sequences: list[Sequence]) -> None:
-        with self._wake:
-            if self._failure is not None:
-                raise RuntimeError("the engine has failed earlier; start a new one") from self._failure
-            if self._closed:
-                raise RuntimeError("the engine is closed")
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._loop, name="qwench-engine", daemon=True)
-                self._thread.start()
-            self._inbox.extend((self._core.add, sequence) for sequence in sequences)
-            self._wake.notify()
-
-    def _abort(self, sequences: list[Sequence]) -> None:
-        """Give up those that are not finished."""
-        if unfinished := [sequence for sequence in sequences if not sequence.is_finished]:
-            with self._wake:
-                self._inbox.extend((self._core.abort, sequence) for sequence in unfinished)
-                self._wake.notify()
-
-    def _loop(self) -> None:
-        core = self._core
-        try:
-            if core.runner.on_gpu:
-                torch.cuda.set_device(core.runner.device)
-            while True:
-                with self._wake:
-                    while not self._inbox and not core.has_work and not self._closed:
-                        self._wake.wait()
-                    acts = [self._inbox.popleft() for _ in range(len(self._inbox))]
-                    if self._closed:
-                        raise RuntimeError("the engine was closed")
-                for act, sequence in acts:
-                    act(sequence)
-                core.step()
-        except BaseException as failure:
-            if not self._closed:
-                log.exception("the engine's loop has failed")
-            with self._wake:
-                self._failure = failure
-                new = [sequence for act, sequence in self._inbox if act == core.add]
-            for sequence in [*core.scheduler.running, *core.scheduler.waiting, *new]:
-                sequence.on_failure(failure)
+    # ------------------------------------------------------------------------------------------------------- status
+    @property
+    def failure(self) -> BaseException | None:
+        """The error that has stopped the engine for good, if there was one. Closing it is none."""
+        return self._loop.failure
 
     def stats(self) -> EngineStats:
+        """Counters of this moment; cheap, and for any thread. Waits for no step."""
         core = self._core
         return EngineStats(
             num_running=len(core.scheduler.running),
-            num_waiting=len(core.scheduler.waiting) + len(self._inbox),
+            num_waiting=len(core.scheduler.waiting) + self._loop.num_arriving,
             num_blocks=self.num_blocks - 1,
             num_free_blocks=core.pool.num_free,
             block_size=self.config.block_size,
@@ -327,12 +333,8 @@ class Engine:
         )
 
     def close(self) -> None:
-        """Stop the loop; unfinished answers are given up."""
-        with self._wake:
-            self._closed = True
-            self._wake.notify()
-        if self._thread is not None:
-            self._thread.join()
+        """Stop after the step that is being computed. Who waits for an answer gets a RuntimeError."""
+        self._loop.close()
 
     def __enter__(self) -> Engine:
         return self
@@ -343,9 +345,16 @@ class Engine:
         self.close()
 
 
+def _read_tokenizer(path: str | Path) -> Tokenizer:
+    """The tokenizer, with its encoder built, which is otherwise built by the first text."""
+    tokenizer = Tokenizer.load(path)
+    tokenizer.encode("a")
+    return tokenizer
+
+
 def _raise(failure: BaseException | None) -> None:
-    """Errors of one request as they are, those of the engine as such."""
+    """Errors of one request as they are; those of the engine anew for each who waits, with their cause."""
     if isinstance(failure, ValueError):
         raise failure
     if failure is not None:
-        raise RuntimeError(f"the engine has stopped: {failure}") from failure
+        raise RuntimeError(str(failure)) from failure.__cause__

@@ -1,4 +1,4 @@
-"""Recorded decoding steps: one CUDA graph per batch size of a ladder and kind of drawing, made when first wanted twice.
+"""Recorded decoding steps: one CUDA graph per batch size of a ladder and kind of step, made when first wanted twice.
 
 The first step of a size runs as it is, so that an answer begins at once; the second is recorded (some tenths of a
 second), all later ones are replayed without launching their hundreds of kernels one by one.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import logging
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,8 +35,8 @@ class DecodeGraphs:
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
         self._sizes = ladder(runner.max_seqs)
-        self._graphs: dict[tuple[int, Mode | None], tuple[torch.cuda.CUDAGraph, Tensor | None]] = {}
-        self._seen: set[tuple[int, Mode | None]] = set()
+        self._graphs: dict[Hashable, tuple[torch.cuda.CUDAGraph, Tensor | None]] = {}
+        self._seen: set[Hashable] = set()
         self._pool = torch.cuda.graph_pool_handle()
 
     def size_for(self, num_rows: int) -> int:
@@ -43,34 +44,39 @@ class DecodeGraphs:
 
     def replay(self, num_rows: int, mode: Mode) -> bool:
         """Replay a whole decoding step of at least `num_rows` rows; False while there is no graph for it yet."""
-        found = self._find(self.size_for(num_rows), mode)
+        size = self.size_for(num_rows)
+        found = self._find(("decode", size, mode), lambda: self._runner.decode_step(size, mode))
         if found is not None:
             found[0].replay()
         return found is not None
 
     def replay_logits(self, num_rows: int) -> Tensor | None:
         """Replay a decoding pass up to its logits [B, V], B >= num_rows, which the next replay overwrites."""
-        found = self._find(self.size_for(num_rows), None)
+        size = self.size_for(num_rows)
+        found = self._find(("logits", size), lambda: self._runner.decode_logits(size))
         if found is None:
             return None
         found[0].replay()
         return found[1]
 
-    def _find(self, size: int, mode: Mode | None) -> tuple[torch.cuda.CUDAGraph, Tensor | None] | None:
-        key = (size, mode)
+    def perform(self, key: Hashable, work: Callable[[], Tensor | None]) -> Tensor | None:
+        """Do what `work` does, from its recording when there is one. The next replay overwrites what is returned."""
+        found = self._find(key, work)
+        if found is None:
+            return work()
+        found[0].replay()
+        return found[1]
+
+    def _find(
+        self, key: Hashable, work: Callable[[], Tensor | None]
+    ) -> tuple[torch.cuda.CUDAGraph, Tensor | None] | None:
         if key not in self._graphs:
             if key not in self._seen:
                 self._seen.add(key)
                 return None
-            self._graphs[key] = self._record(size, mode)
+            log.info("recording a step: %s", key)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                result = work()
+            self._graphs[key] = graph, result
         return self._graphs[key]
-
-    def _record(self, size: int, mode: Mode | None) -> tuple[torch.cuda.CUDAGraph, Tensor | None]:
-        log.info("recording a decoding step of %d rows (%s)", size, mode or "logits")
-        runner, graph, logits = self._runner, torch.cuda.CUDAGraph(), None
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            if mode is None:
-                logits = runner.decode_logits(size)
-            else:
-                runner.decode_step(size, mode)
-        return graph, logits

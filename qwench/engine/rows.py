@@ -4,7 +4,7 @@ Row r holds the last token drawn, the position that it will have, how to draw, a
 sequence is not live: it computes position 0 against block 0, which nobody reads. Updates are enqueued on the device's
 stream and so fall between the steps around them.
 
-Shape suffixes: R rows (max_seqs), W blocks of a row, B rows in use.
+Shape suffixes: R rows (max_seqs), W blocks of a row, B rows in use, N tokens of each row in one pass, T = B * N.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from qwench.engine.sequence import Sequence
+from qwench.ops.attention import AttnMeta
 from qwench.ops.sampling import wrap_seed
 from qwench.types import SamplingParams
 
@@ -90,6 +91,30 @@ class RowState:
         if self.device.type == "cpu":
             return values
         return values.pin_memory().to(self.device, non_blocking=True)
+
+
+def grid(rows: RowState, start_B: Tensor, width: int, block_size: int) -> tuple[Tensor, AttnMeta]:
+    """Positions [T] and attention of a pass over `width` tokens of each of the first B rows, from position start_B on.
+
+    Rows that are not live, and positions beyond a row's blocks, use block 0. No host wait.
+    """
+    num_rows = start_B.numel()
+    table = rows.table[:num_rows]
+    places = torch.arange(width, device=start_B.device)
+    positions_BN = start_B.clamp(min=0)[:, None] + places
+    index_BN = positions_BN // block_size
+    blocks_BN = table.gather(1, index_BN.clamp(max=rows.width - 1)).long()
+    used_BN = rows.live[:num_rows, None] * (index_BN < rows.width)
+    meta = AttnMeta(
+        cu_q=torch.arange(0, (num_rows + 1) * width, width, dtype=torch.int32, device=start_B.device),
+        max_q=width,
+        lens_k=(positions_BN[:, -1] + 1).int(),
+        max_k=rows.width * block_size,
+        block_table=table,
+        slots=(blocks_BN * used_BN * block_size + positions_BN % block_size).flatten(),
+        num_decodes=num_rows if width == 1 else 0,
+    )
+    return positions_BN.flatten(), meta
 
 
 def _floats(params: SamplingParams) -> list[Any]:

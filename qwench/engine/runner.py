@@ -9,6 +9,7 @@ Shape suffixes: T tokens, D hidden size, B rows of the step, V vocabulary rows, 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,6 +26,9 @@ from qwench.ops.attention import AttnMeta, KVCache
 from qwench.ops.paging import advance, locate
 from qwench.ops.sampling import start_counts_
 
+if TYPE_CHECKING:
+    from qwench.engine.proposers import DraftModel
+
 RING = 64
 """Decoding steps whose tokens the device keeps until the host has copied them."""
 LOGPROB_ROWS = 512
@@ -40,19 +44,25 @@ class Flight:
     logprobs: Tensor
     event: torch.cuda.Event | None
     top: tuple[Tensor, Tensor] | None = None
-    """Ids and log-probabilities [B, k] of the likeliest tokens."""
+    """Ids and log-probabilities [B, S, k] of the likeliest tokens."""
     prompt_logprobs: list[tuple[Sequence, Tensor]] = field(default_factory=list)
+    num_new: Tensor | None = None
+    """How many of a column's tokens [B] count: the others come after a draft that was rejected. None: all."""
 
     def wait(self) -> tuple[list[list[int]], list[list[float]]]:
         """Tokens and log-probabilities by column, each a list over the steps."""
         if self.event is not None:
             self.event.synchronize()
-        return self.tokens.T.tolist(), self.logprobs.T.tolist()
+        lines, values = self.tokens.T.tolist(), self.logprobs.T.tolist()
+        if self.num_new is not None:
+            kept = self.num_new.tolist()
+            lines, values = ([one[:n] for one, n in zip(side, kept, strict=True)] for side in (lines, values))
+        return lines, values
 
 
 @dataclass(slots=True)
 class Pending:
-    """Logits of a step whose tokens are not drawn yet; row i belongs to `sequences[i]`."""
+    """Logits of a step whose tokens are not drawn yet; row i belongs to `sequences[i]` unless `lines` says else."""
 
     logits_BV: Tensor
     sequences: list[Sequence]
@@ -61,6 +71,19 @@ class Pending:
     positions: list[int]
     """Of the tokens to be drawn."""
     prompt_logprobs: list[tuple[Sequence, Tensor]]
+    lines: list[range] | None = None
+    """Rows of each sequence's logits, where it has one for each draft besides."""
+
+
+@dataclass(slots=True)
+class Packed:
+    """Runs of tokens of several sequences, laid end to end on the device."""
+
+    tokens_T: Tensor
+    positions_T: Tensor
+    meta: AttnMeta
+    last: np.ndarray
+    """[B]: the last token of each run."""
 
 
 class Runner:
@@ -73,6 +96,7 @@ class Runner:
         self.rows = RowState(max_seqs, max_blocks, self.device)
         self._cu_q = torch.arange(max_seqs + 1, dtype=torch.int32, device=self.device)
         self.caches: list[KVCache] = []
+        self.draft: DraftModel | None = None
         self.counts_RV: Tensor | None = None
         """How often each token stands in each row's answer, for penalties; made when first needed."""
         self.ring_tokens = torch.zeros((RING, max_seqs), dtype=torch.int64, device=self.device)
@@ -89,7 +113,7 @@ class Runner:
 
     def _count_known(self, sequences: list[Sequence]) -> None:
         if self.counts_RV is None:
-            shape = (self.max_seqs, self.model.config.vocab_size)
+            shape = (self.max_seqs + 1, self.model.config.vocab_size)  # the last row takes what does not count
             self.counts_RV = torch.zeros(shape, dtype=torch.int16, device=self.device)
         for sequence in sequences:
             answer = torch.tensor(sequence.outputs[: sequence.num_kept], dtype=torch.int64)
@@ -115,12 +139,33 @@ class Runner:
     # ----------------------------------------------------------------------------------------------------- forward
     def forward_mixed(self, step: Step) -> Pending:
         """One pass over prompt chunks and single decoding rows, up to the logits of those that can draw."""
-        size = self.block_size
         decodes, chunks = step.decodes, step.chunks
         num_decodes = len(decodes)
+        sequences = decodes + [s for s, _, _ in chunks]
         starts = [s.num_computed - 1 for s in decodes] + [start for _, start, _ in chunks]
         counts = [1] * num_decodes + [count for _, _, count in chunks]
-        sequences = decodes + [s for s, _, _ in chunks]
+        batch = self.pack(sequences, starts, counts, num_decodes)
+        hidden_TD = self.model(batch.tokens_T, batch.positions_T, batch.meta, self.caches)
+        if self.draft is not None:
+            self.draft.follow(batch.tokens_T, batch.positions_T, batch.meta)
+        ready = list(range(num_decodes)) + [
+            num_decodes + i for i, (s, _, _) in enumerate(chunks) if not s.is_prefilling
+        ]
+        chosen = np.array([batch.last[ready], [sequences[i].slot for i in ready]], np.int64)
+        last_B, rows_B = self.upload(torch.from_numpy(chosen))
+        logits_BV = self.model.lm_head(hidden_TD[last_B])
+        return Pending(
+            logits_BV=logits_BV,
+            sequences=[sequences[i] for i in ready],
+            rows_B=rows_B,
+            positions=[int(starts[i] + counts[i]) for i in ready],
+            prompt_logprobs=self._prompt_logprobs(chunks, hidden_TD[num_decodes:]),
+        )
+
+    def pack(self, sequences: list[Sequence], starts: list[int], counts: list[int], num_decodes: int) -> Packed:
+        """`counts[i]` tokens of sequence i from position `starts[i]` on. The first `num_decodes` have one each, which
+        only the device knows."""
+        size = self.block_size
         cu_q = np.concatenate(([0], np.cumsum(counts)))
         positions = np.concatenate([np.arange(a, a + n) for a, n in zip(starts, counts, strict=True)])
         slots = np.concatenate(
@@ -129,7 +174,8 @@ class Runner:
                 for s, a, n in zip(sequences, starts, counts, strict=True)
             ]
         )
-        known = [np.asarray(s.known_tokens()[a : a + n], np.int64) for s, a, n in chunks]
+        runs = list(zip(sequences, starts, counts, strict=True))[num_decodes:]
+        known = [np.asarray(s.known_tokens()[a : a + n], np.int64) for s, a, n in runs]
         tokens = np.concatenate([np.zeros(num_decodes, np.int64), *known])
         lens = np.add(starts, counts)
         width = -(-int(lens.max()) // size)
@@ -150,24 +196,10 @@ class Runner:
             block_table=self.rows.table[rows_B, :width],
             slots=slots_T,
             num_decodes=num_decodes,
-            history=any(start > 0 for _, start, _ in chunks),
+            history=any(start > 0 for _, start, _ in runs),
             num_keys=int(lens[num_decodes:].sum()),
         )
-        hidden_TD = self.model(tokens_T, positions_T, meta, self.caches)
-        ready = list(range(num_decodes)) + [
-            num_decodes + i for i, (s, _, _) in enumerate(chunks) if not s.is_prefilling
-        ]
-        last = cu_q[1:] - 1
-        chosen = self.upload(torch.from_numpy(np.concatenate([last[ready], slot_rows[ready]]).astype(np.int64)))
-        last_B, rows_B = chosen.chunk(2)
-        logits_BV = self.model.lm_head(hidden_TD[last_B])
-        return Pending(
-            logits_BV=logits_BV,
-            sequences=[sequences[i] for i in ready],
-            rows_B=rows_B,
-            positions=[int(starts[i] + counts[i]) for i in ready],
-            prompt_logprobs=self._prompt_logprobs(chunks, hidden_TD[num_decodes:]),
-        )
+        return Packed(tokens_T, positions_T, meta, cu_q[1:] - 1)
 
     def _prompt_logprobs(
         self, chunks: list[tuple[Sequence, int, int]], hidden_TD: Tensor
@@ -258,7 +290,7 @@ class Runner:
         top = None
         if extras is not None and extras.num_top:
             values, ids = pending.logits_BV.float().log_softmax(-1).topk(extras.num_top)
-            top = (self.download(ids), self.download(values))
+            top = (self.download(ids[:, None]), self.download(values[:, None]))
         tokens_B, logprobs_B = draw(
             pending.logits_BV, rows, rows_B, mode, self.counts_RV, self.vocab_size, extras, self.upload
         )
@@ -299,6 +331,8 @@ class Runner:
         hidden_TD = self.model(
             tokens_T, torch.arange(num_tokens, device=self.device), AttnMeta.packed([num_tokens], self.device)
         )
+        if self.draft is not None:
+            self.draft.rehearse(num_tokens)
         num_rows = min(self.max_seqs, num_tokens)
         draw(
             self.model.lm_head(hidden_TD[:num_rows]),

@@ -34,6 +34,8 @@ class Scheduler:
     def __init__(
         self, pool: BlockPool, max_seqs: int, max_step_tokens: int, decode_steps: int, *, deterministic: bool = False
     ) -> None:
+        """Each of `max_seqs` sequences needs a token of the `max_step_tokens`, so that all of them get on."""
+        assert max_seqs <= max_step_tokens
         self.pool, self.max_seqs, self.max_step_tokens = pool, max_seqs, max_step_tokens
         self.decode_steps, self.deterministic = decode_steps, deterministic
         self.waiting: deque[Sequence] = deque()
@@ -126,9 +128,9 @@ class Scheduler:
         sequence.num_computed = len(matched) * size
         sequence.num_launched = sequence.num_kept
         sequence.slot = heapq.heappop(self.free_slots)
-        sequence.admission = next(self._admissions)
+        is_new, sequence.admission = sequence.admission < 0, next(self._admissions)
         self.running.append(sequence)
-        if not sequence.outputs:
+        if is_new:
             sequence.answer.num_cached_tokens = sequence.num_computed
             self.num_prompt_tokens += len(sequence.prompt)
             self.num_cached_tokens += sequence.num_computed
@@ -154,11 +156,12 @@ class Scheduler:
     def preempt(self, sequence: Sequence) -> None:
         """Take a running sequence's blocks; it waits in front and will be read again."""
         self.num_preemptions += 1
+        self.name_blocks(sequence)
         self._leave(sequence)
         sequence.num_computed = 0
         if self.deterministic and sequence.outputs:
             # Kernels for reading and for decoding differ in their last bits: draw the same tokens again instead.
-            sequence.num_to_skip = len(sequence.outputs)
+            sequence.start_again()
         self.waiting.appendleft(sequence)
 
     def finish(self, sequence: Sequence) -> None:

@@ -72,6 +72,12 @@ class Sequence:
     def is_finished(self) -> bool:
         return self.answer.finish is not None
 
+    def start_again(self) -> None:
+        """Draw the answer's tokens again from the first on; its grammar is taken back as far."""
+        if self.matcher is not None:
+            self.matcher.rollback(len(self.outputs) - self.num_to_skip)
+        self.num_to_skip = len(self.outputs)
+
     def known_tokens(self) -> list[int]:
         return self.prompt + self.outputs if self.outputs else self.prompt
 

@@ -1,13 +1,14 @@
-"""Ask a generator questions and keep what it said: the small evaluations of the demo stand on this."""
+"""Ask an engine questions and keep what it said: the small evaluations of the demo stand on this."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from qwench.run import progress
 from qwench.tokenizer import Tokenizer
-from qwench.types import Completion, Generator, Message, SamplingParams
+from qwench.types import Completion, Message, SamplingParams
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,20 +19,35 @@ class Answer:
     completion: Completion
 
 
+class Answering(Protocol):
+    """What is asked of an engine: `engine.Engine` is one."""
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[Completion]:
+        """Continue all prompts; `progress` is called with 1 for each answer that is complete."""
+        ...
+
+
 def ask(
-    generator: Generator,
+    engine: Answering,
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[Message]],
     params: SamplingParams,
     title: str = "asking",
 ) -> list[Answer]:
-    """The generator's answer to every conversation, in order."""
-    answers = []
+    """The engine's answer to every conversation, in order; they are computed together."""
     with progress() as bar:
-        for messages in bar.track(prompts, description=title):
-            completion = generator.generate(tokenizer.render(messages), params)
-            answers.append(Answer(question=messages[-1].content, completion=completion))
-    return answers
+        task = bar.add_task(title, total=len(prompts))
+        rendered = [tokenizer.render(messages) for messages in prompts]
+        completions = engine.generate(rendered, params, lambda number: bar.advance(task, number))
+    return [
+        Answer(question=messages[-1].content, completion=completion)
+        for messages, completion in zip(prompts, completions, strict=True)
+    ]
 
 
 def share(answers: Sequence[Answer], holds: Callable[[int, Completion], bool]) -> float:

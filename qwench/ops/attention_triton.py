@@ -38,7 +38,7 @@ class Tile:
 
     keys: int = 128
     num_warps: int = 4
-    num_stages: int = 2
+    num_stages: int = 3
     min_keys: int = 128
 
 
@@ -314,7 +314,7 @@ class _Work:
         splits = num_splits(num_seqs * kv_heads, _multiprocessors(device))
         if batch_invariant():
             splits = INVARIANT_SPLITS
-        tile = tile or (Tile(keys=64, min_keys=64) if num_seqs <= 8 else Tile())
+        tile = tile or (Tile(keys=64, num_stages=2, min_keys=64) if num_seqs <= 8 else Tile())
         out = torch.empty((num_tokens, heads, size), dtype=q_THD.dtype, device=device)
         part_out = part_lse = counters = out
         if splits > 1:

@@ -114,10 +114,9 @@ def _fused(
             return linear_triton.gemv(
                 x_TD, weight_ND, bias_N, norm=norm, swiglu=swiglu, residual_1N=residual, out_dtype=out_dtype
             )
-        if norm is not None and config.split_k > 1:
-            x_TD, norm = rms_norm(x_TD, *norm), None
+        x_TD = x_TD if norm is None else rms_norm(x_TD, *norm)
         return linear_triton.matmul(
-            x_TD, weight_ND, bias_N, norm=norm, swiglu=swiglu, residual_TN=residual, out_dtype=out_dtype, config=config
+            x_TD, weight_ND, bias_N, swiglu=swiglu, residual_TN=residual, out_dtype=out_dtype, config=config
         )
     x_TD = x_TD if norm is None else rms_norm(x_TD, *norm)
     plain = bias_N is None and not swiglu

@@ -116,6 +116,7 @@ def _gemv_rows_kernel(
     HAS_BIAS: tl.constexpr,
     SWIGLU: tl.constexpr,
     HAS_RES: tl.constexpr,
+    EARLY: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
     """Whole rows at once, the input in registers; STEPS blocks of rows a program. N counts outputs: rows, or pairs of
@@ -134,8 +135,11 @@ def _gemv_rows_kernel(
     if HAS_NORM:
         norm_weight = tl.load(norm_ptr + columns, mask=columns < K, other=0.0).to(dtype).to(tl.float32)
     if USE_PDL:
+        if EARLY:
+            gdc_launch_dependents()
         gdc_wait()
-        gdc_launch_dependents()
+        if not EARLY:
+            gdc_launch_dependents()
     x = tl.load(x_ptr + columns, mask=columns < K, other=0.0).to(tl.float32)
     residual = _residual(res_ptr, rows, N, HAS_RES)
     if HAS_NORM:
@@ -182,6 +186,7 @@ def _gemv_long_kernel(
     HAS_BIAS: tl.constexpr,
     SWIGLU: tl.constexpr,
     HAS_RES: tl.constexpr,
+    EARLY: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
     """Rows in steps of BLOCK_K, the next step's weights and inputs in flight during the sums of this one."""
@@ -196,8 +201,11 @@ def _gemv_long_kernel(
         gate_weights = _row_tile(w_ptr, rows, columns, N, stride_wn, K)
     bias, gate_bias = _biases(bias_ptr, rows, N, dtype, HAS_BIAS, SWIGLU)
     if USE_PDL:
+        if EARLY:
+            gdc_launch_dependents()
         gdc_wait()
-        gdc_launch_dependents()
+        if not EARLY:
+            gdc_launch_dependents()
     rstd = 1.0
     if HAS_NORM:
         squares = tl.zeros([BLOCK_K], tl.float32)
@@ -260,6 +268,7 @@ def gemv(
     arguments = (x_1K, weight_NK, bias, norm_weight.contiguous(), residual, out, outputs, weight_NK.stride(0), eps)
     flags = {
         "K": size, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k, "HAS_NORM": norm is not None,
+        "EARLY": bool(int(__import__("os").environ.get("QW_EARLY","1"))) and (swiglu or norm is None),
         "HAS_BIAS": bias_N is not None, "SWIGLU": swiglu, "HAS_RES": residual_1N is not None, "USE_PDL": pdl,
     }  # fmt: skip
     blocks = triton.cdiv(outputs, config.block_n)
@@ -289,7 +298,6 @@ def _matmul_kernel(
     w_ptr,
     bias_ptr,
     res_ptr,
-    norm_ptr,
     out_ptr,
     part_ptr,
     counter_ptr,
@@ -298,7 +306,6 @@ def _matmul_kernel(
     stride_xt,
     stride_wn,
     stride_rt,
-    eps,
     K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -306,7 +313,6 @@ def _matmul_kernel(
     NUM_STAGES: tl.constexpr,
     SPLIT_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    HAS_NORM: tl.constexpr,
     SWIGLU: tl.constexpr,
     HAS_RES: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -314,7 +320,7 @@ def _matmul_kernel(
     USE_PDL: tl.constexpr,
 ):
     """Programs (block of outputs, block of tokens, part of the inputs). N counts outputs: rows, or pairs of rows with
-    SwiGLU. With a norm, x * norm weight is multiplied and the sums are scaled by 1 / rms at the end."""
+    SwiGLU."""
     tokens = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_K)
@@ -339,7 +345,6 @@ def _matmul_kernel(
     gate_ptrs = w_ptr + safe_rows[None, :] * stride_wn + columns[:, None]
     acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     gate_acc = acc
-    squares = tl.zeros([BLOCK_M], tl.float32)
     SHARE: tl.constexpr = (K + SPLIT_K * BLOCK_K - 1) // (SPLIT_K * BLOCK_K) * BLOCK_K
     first = tl.program_id(2) * SHARE
     for start in tl.range(first, tl.minimum(first + SHARE, K), BLOCK_K, num_stages=NUM_STAGES):
@@ -349,9 +354,6 @@ def _matmul_kernel(
         else:
             x = tl.load(x_ptrs + start, mask=(start + columns < K)[None, :], other=0.0)
             w = tl.load(w_ptrs + start, mask=(start + columns < K)[:, None], other=0.0)
-        if HAS_NORM:
-            squares += tl.sum(x.to(tl.float32) * x.to(tl.float32), 1)
-            x = x * tl.load(norm_ptr + start + columns, mask=start + columns < K, other=0.0).to(dtype)[None, :]
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
         if SWIGLU:
             if K % BLOCK_K == 0:
@@ -359,9 +361,6 @@ def _matmul_kernel(
             else:
                 gate_w = tl.load(gate_ptrs + start, mask=(start + columns < K)[:, None], other=0.0)
             gate_acc = tl.dot(x, gate_w, gate_acc, input_precision=PRECISION)
-    if HAS_NORM:
-        scale = tl.rsqrt(squares / K + eps)[:, None]
-        acc, gate_acc = acc * scale, gate_acc * scale
     inside = (tokens < T)[:, None] & (rows < N)[None, :]
     if SPLIT_K > 1:
         part_ptrs = part_ptr + safe_tokens[:, None] * N + rows[None, :]
@@ -395,14 +394,13 @@ def matmul(
     weight_NK: Tensor,
     bias_N: Tensor | None = None,
     *,
-    norm: tuple[Tensor, float] | None = None,
     swiglu: bool = False,
     residual_TN: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
     config: MatmulConfig | None = None,
     pdl: bool | None = None,
 ) -> Tensor:
-    """`linear` for any number of tokens: x [T, K] -> [T, N], or [T, N / 2] with SwiGLU.
+    """`linear` without its norm for any number of tokens: x [T, K] -> [T, N], or [T, N / 2] with SwiGLU.
 
     Rows of x and of the weight are contiguous. fp32 inputs are multiplied in fp32, not TF32. With a given `config`, a
     row's bits depend neither on T nor on the other rows. `config` None takes the measured one for few tokens.
@@ -412,7 +410,7 @@ def matmul(
     assert weight_NK.shape[1] == size
     assert x_TK.stride(1) == weight_NK.stride(1) == 1
     config = config or skinny_config(num_tokens, outputs, size, swiglu)
-    assert config.split_k == 1 or not (swiglu or norm)
+    assert config.split_k == 1 or not swiglu
     pdl = dependent_launch(x_TK.device) if pdl is None else pdl
     out = torch.empty(num_tokens, outputs, dtype=out_dtype or x_TK.dtype, device=x_TK.device)
     if num_tokens == 0:
@@ -426,13 +424,12 @@ def matmul(
     if config.split_k > 1:
         parts = torch.empty(config.split_k, num_tokens, outputs, dtype=torch.float32, device=x_TK.device)
         counters = zeroed_counters(x_TK.device, triton.next_power_of_2(grid[0] * grid[1]))
-    norm_weight, eps = (x_TK, 0.0) if norm is None else (norm[0].contiguous(), norm[1])
     launch: Any = _matmul_kernel[grid]
     launch(
-        x_TK, weight_NK, x_TK if bias_N is None else bias_N.contiguous(), residual, norm_weight, out, parts, counters,
-        num_tokens, outputs, x_TK.stride(0), weight_NK.stride(0), residual.stride(0), eps,
+        x_TK, weight_NK, x_TK if bias_N is None else bias_N.contiguous(), residual, out, parts, counters,
+        num_tokens, outputs, x_TK.stride(0), weight_NK.stride(0), residual.stride(0),
         K=size, BLOCK_M=config.block_m, BLOCK_N=config.block_n, BLOCK_K=config.block_k, NUM_STAGES=config.num_stages,
-        SPLIT_K=config.split_k, HAS_BIAS=bias_N is not None, HAS_NORM=norm is not None, SWIGLU=swiglu,
+        SPLIT_K=config.split_k, HAS_BIAS=bias_N is not None, SWIGLU=swiglu,
         HAS_RES=residual_TN is not None, PRECISION="ieee",
         PREFETCH_LINES=lines if pdl and num_tokens <= config.block_m and config.split_k == 1 else 0, USE_PDL=pdl,
         num_warps=config.num_warps, num_stages=config.num_stages, **options(pdl),
@@ -527,8 +524,22 @@ def skinny_config(num_tokens: int, outputs: int, size: int, swiglu: bool) -> Mat
     return _skinny_rule(max(16, _power_of_2(min(num_tokens, 64))), outputs, size, swiglu)
 
 
-TILES: dict[tuple[int, int, int, bool], MatmulConfig | None] = {}
-"""Measured best by (tokens, outputs, inputs, SwiGLU); None where cuBLAS is faster. For up to that many tokens."""
+TILES: dict[tuple[int, int, int, bool], MatmulConfig] = {
+    (16, 896, 896, False): MatmulConfig(16, 16, 128, 2, 6),  # 0.5B o: 2.82 us, cuBLAS 4.22
+    (32, 896, 896, False): MatmulConfig(32, 16, 128, 2, 4),  # 2.87 us, cuBLAS 4.28
+    (64, 896, 896, False): MatmulConfig(64, 16, 64, 4, 6),  # 2.90 us, cuBLAS 4.31
+    (128, 896, 896, False): MatmulConfig(64, 16, 128, 4, 6),  # 3.44 us, cuBLAS 4.37
+    (256, 896, 896, False): MatmulConfig(64, 32, 64, 4, 6),  # 3.82 us, cuBLAS 4.72
+    (32, 1152, 896, False): MatmulConfig(32, 16, 128, 2, 4),  # 0.5B qkv
+    (64, 1152, 896, False): MatmulConfig(64, 16, 64, 4, 6),
+    (128, 1152, 896, False): MatmulConfig(64, 16, 128, 4, 6),
+    (256, 1152, 896, False): MatmulConfig(64, 32, 64, 4, 6),
+    (16, 896, 4864, False): MatmulConfig(16, 32, 128, 2, 4, split_k=8),  # 0.5B down: 5.40 us, cuBLAS 8.14
+    (32, 896, 4864, False): MatmulConfig(32, 32, 128, 2, 4, split_k=8),  # 6.52 us, cuBLAS 8.31
+    (64, 896, 4864, False): MatmulConfig(32, 32, 128, 2, 4, split_k=4),  # 7.84 us, cuBLAS 8.61
+}
+"""Measured best by (tokens, outputs, inputs, SwiGLU) for up to that many tokens. What is missing above 16 tokens goes to
+cuBLAS, which is faster there. A norm inside the product was tried and is slower than a kernel of its own."""
 
 _TILE_TOKENS = (16, 32, 64, 128, 256)
 
@@ -538,7 +549,6 @@ def tile_config(num_tokens: int, outputs: int, size: int, swiglu: bool) -> Matmu
     """The tile of `matmul` for so many tokens (2 or more), or None where cuBLAS is the better choice."""
     for tokens in _TILE_TOKENS:
         if num_tokens <= tokens:
-            if (found := (tokens, outputs, size, swiglu)) in TILES:
-                return TILES[found]
-            return skinny_config(num_tokens, outputs, size, swiglu) if tokens == 16 else None
+            found = TILES.get((tokens, outputs, size, swiglu))
+            return found or (skinny_config(num_tokens, outputs, size, swiglu) if tokens == 16 else None)
     return None

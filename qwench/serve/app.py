@@ -142,7 +142,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     async def health() -> Response:
         if service.traffic.draining:
             return JSONResponse({"status": "draining"}, 503)
-        if service.traffic.engine_failed:
+        if service.engine.failure is not None:  # no request is to blame, and only a new process helps
             return JSONResponse({"status": "failed"}, 503)
         return JSONResponse({"status": "ok"})
 

@@ -16,6 +16,7 @@ from qwench.serve.errors import value_error
 from qwench.serve.limits import Life, sse
 from qwench.serve.params import (
     answer_tokens,
+    apart,
     asked_grammar,
     check,
     grammar_field,
@@ -56,7 +57,7 @@ async def chat_completions(service: Service, request: ChatRequest, life: Life) -
     if tools:
         if grammar is not None:
             raise value_error(f"{grammar_param} cannot be combined with tools, unless tool_choice is none")
-        grammar, grammar_param = _tool_grammar(engine, request), "tools"
+        grammar, grammar_param = await _tool_grammar(engine, request), "tools"
     params = sampling_params(
         request,
         service.defaults,
@@ -87,16 +88,12 @@ async def chat_completions(service: Service, request: ChatRequest, life: Life) -
     return JSONResponse(head | {"choices": choices, "usage": usage.body()})
 
 
-def _tool_grammar(engine: Engine, request: ChatRequest) -> Grammar | None:
+async def _tool_grammar(engine: Engine, request: ChatRequest) -> Grammar | None:
     choice = request.tool_choice or "auto"
     if isinstance(choice, NamedToolChoice):
         choice = {"type": "function", "function": {"name": choice.function.name}}
-    tools = plain_tools(request.tools)
-    assert tools is not None
-    try:
-        return tool_grammar(engine.tokenizer, tools, choice, request.parallel_tool_calls is not False)
-    except ValueError as error:
-        raise value_error(str(error), "tools") from None
+    tools, parallel = plain_tools(request.tools), request.parallel_tool_calls is not False
+    return await apart(lambda: tool_grammar(engine.tokenizer, tools, choice, parallel), "tools")
 
 
 # ------------------------------------------------------------------------------------------------------ whole answers

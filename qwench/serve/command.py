@@ -26,13 +26,11 @@ err = Console(stderr=True, highlight=False)
 
 
 def main(argv: list[str]) -> int:
+    started = time.perf_counter()
     args = _parser().parse_intermixed_args(argv)  # settings may stand before and after options
     if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
         raise ValueError(f"the server needs {', '.join(missing)}; install it with: pip install 'qwench[serve]'")
-    from qwench.model.checkpoint import read_generation_config
-    from qwench.serve.app import create_app
     from qwench.serve.limits import ServeConfig, key_digest
-    from qwench.serve.params import SamplingDefaults
     from qwench.serve.server import Server, bind, url_of
 
     keys = read_keys(args.api_key, args.api_key_file)
@@ -52,16 +50,18 @@ def main(argv: list[str]) -> int:
         )
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=args.log_level.upper())
     bound = bind(args.host, args.port)
-    started = time.perf_counter()
     with err.status(f"loading {escape(args.model)}"):
+        from qwench.model.checkpoint import read_generation_config  # loads PyTorch
+        from qwench.serve.app import create_app
+        from qwench.serve.params import SamplingDefaults
+
         defaults = SamplingDefaults.from_generation_config(read_generation_config(args.model))
         engine = open_engine(args)
-    loaded_s = time.perf_counter() - started
     url = url_of(bound, args.host)
 
     def ready() -> None:
         names = ", ".join(settings.model_names)
-        print(f"qwench serve: {names} ready after {loaded_s:.1f} s", flush=True)
+        print(f"qwench serve: {names} ready after {time.perf_counter() - started:.1f} s", flush=True)
         print(f"chat page {url}/   API {url}/v1   Ctrl-C stops", flush=True)
 
     try:

@@ -124,8 +124,6 @@ class Traffic:
     def __init__(self) -> None:
         self.lives: set[Life] = set()
         self.draining = False
-        self.engine_failed = False
-        """The engine has stopped for a reason that no request is to blame for; only a new process helps."""
 
     def end_all(self) -> None:
         """End every running request because the server stops."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -29,6 +30,8 @@ T = TypeVar("T")
 
 LONG_TEXT_CHARS = 16_384
 """Longer texts are encoded on another thread, so that the streams of others go on meanwhile."""
+_GRAMMAR_THREADS = ThreadPoolExecutor(4, thread_name_prefix="serve-grammar")
+"""Threads of their own, so that long texts do not wait behind grammars that take seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,17 +145,27 @@ async def check(
 ) -> None:
     """Ask the engine whether it can run this. Raises ApiError.
 
-    A grammar may take a second to compile, which must not hold up others: it is done on another thread, once for each
-    of the `n` answers, and the engine then finds the compiled ones.
+    The grammar is compiled here, once for each of the `n` answers; the engine then finds the compiled ones.
     """
     try:
-        engine.validate(prompt, params)
-        if params.grammar is not None:
-            await asyncio.to_thread(_compile, engine, params.grammar, n)
-    except BusyError as error:
-        raise ApiError(503, str(error), param=grammar_param, headers={"retry-after": "1"}) from None
+        await off_loop(len(prompt), lambda: engine.validate(prompt, params))
     except ValueError as error:
-        raise value_error(str(error), grammar_param) from None
+        raise value_error(str(error)) from None
+    if (grammar := params.grammar) is not None:
+        await apart(lambda: _compile(engine, grammar, n), grammar_param)
+
+
+async def apart(work: Callable[[], T], param: str | None) -> T:
+    """Run what may take seconds with a grammar on another thread, so that it holds up nobody else.
+
+    Raises ApiError naming `param`: 400 for a grammar that cannot be used, 503 if too many are being compiled.
+    """
+    try:
+        return await asyncio.get_running_loop().run_in_executor(_GRAMMAR_THREADS, work)
+    except BusyError as error:
+        raise ApiError(503, str(error), param=param, headers={"retry-after": "1"}) from None
+    except ValueError as error:
+        raise value_error(str(error), param) from None
 
 
 def _compile(engine: Engine, grammar: Grammar, n: int) -> None:
@@ -160,9 +173,9 @@ def _compile(engine: Engine, grammar: Grammar, n: int) -> None:
     del held  # given back, for the engine to find
 
 
-async def off_loop(num_chars: int, work: Callable[[], T]) -> T:
-    """Run `work` here, or on another thread if the text that it reads is long."""
-    return work() if num_chars < LONG_TEXT_CHARS else await asyncio.to_thread(work)
+async def off_loop(length: int, work: Callable[[], T]) -> T:
+    """Run `work` here, or on another thread if the text or the list of ids that it reads is long."""
+    return work() if length < LONG_TEXT_CHARS else await asyncio.to_thread(work)
 
 
 # ------------------------------------------------------------------------------------------------------ conversations

@@ -7,11 +7,14 @@ import sys
 import time
 from collections.abc import Callable
 from types import FrameType
+from typing import TYPE_CHECKING
 
 import uvicorn
-from fastapi import FastAPI
 
-from qwench.serve.service import Service
+if TYPE_CHECKING:  # so that a taken port is known before PyTorch is loaded
+    from fastapi import FastAPI
+
+    from qwench.serve.service import Service
 
 LAST_EVENTS_S = 3.0
 """For the last words of requests that were ended because the time to drain is over."""
@@ -23,8 +26,7 @@ class Server(uvicorn.Server):
     def __init__(self, app: FastAPI, on_ready: Callable[[], None] | None = None) -> None:
         settings = uvicorn.Config(
             app,
-            # Named, so that what else is installed changes nothing. h11 also bounds the size of headers. It sends
-            # 25,000 events a second from one thread, httptools with uvloop 33,000: neither is what limits a stream.
+            # Named, so that what else is installed changes nothing. h11 also bounds the size of headers.
             http="h11",
             loop="asyncio",
             ws="none",

@@ -111,9 +111,6 @@ async def _answer(service: Service, job: Job) -> AsyncGenerator[Chunk]:
     except ValueError as error:
         # The engine's word for a request that cannot go on, such as a grammar that became too expensive on the way.
         raise value_error(str(error)) from None
-    except RuntimeError:
-        service.traffic.engine_failed = True
-        raise
 
 
 async def complete(service: Service, jobs: Sequence[Job], life: Life) -> list[Completion]:

@@ -4,6 +4,8 @@ import { copyButton, h, icon, iconButton } from "./dom.js";
 import { number, t } from "./i18n.js";
 import { codeView, MarkdownView } from "./mdview.js";
 
+const LEAST_WRITE_S = 0.02; // a shorter answer came in one piece of the network, whose time says nothing about speed
+
 /** @typedef {{edit: Function, regenerate: Function, results: Function, turnTo: Function, openSettings: Function}} Actions */
 
 /** A user's turn. Its text is shown as it was typed. */
@@ -225,7 +227,7 @@ function figures({ stats = {} }) {
   const tokens = stats.out ?? stats.chunks;
   const about = stats.out === undefined ? "≈ " : "";
   const texts = [];
-  if (tokens > 1 && stats.write_s > 0) texts.push(about + t("stat.speed", { n: number((tokens - 1) / stats.write_s, tokens / stats.write_s < 100 ? 1 : 0) }));
+  if (tokens > 1 && stats.write_s >= LEAST_WRITE_S) texts.push(about + t("stat.speed", { n: number((tokens - 1) / stats.write_s, tokens / stats.write_s < 100 ? 1 : 0) }));
   if (stats.first_s !== undefined) texts.push(t("stat.first", { s: number(stats.first_s, 2) }));
   if (tokens !== undefined) texts.push(about + t("stat.out", { n: number(tokens) }));
   if (stats.prompt !== undefined) texts.push(t("stat.prompt", { n: number(stats.prompt) }) + (stats.cached ? ` (${t("stat.cached", { n: number(stats.cached) })})` : ""));

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,7 +47,11 @@ def test_figures_of_an_answer_are_the_servers(chat: ChatPage, page_server: PageS
     assert answer["stats"]["prompt"] == prompt
     assert answer["stats"]["out"] == len(service.engine.tokenizer.encode("A tiny model.")) + 1
     assert 0 < answer["stats"]["first_s"] <= answer["stats"]["total_s"]
-    for part in ("tokens/s", "first token", f"prompt {prompt}"):
+    for part in (
+        f"first token {answer['stats']['first_s']:.2f} s",
+        f"{answer['stats']['out']} tokens",
+        f"prompt {prompt}",
+    ):
         assert part in stats
 
 
@@ -76,6 +81,11 @@ def test_stop_keeps_what_has_come(chat: ChatPage, page_server: PageServer, how: 
     assert chat.answers.last.locator(".note").inner_text() == "Stopped"
     service = page_server.server.service
     wait_until(lambda: service.slots.in_use == 0, "the server to give the answer up")
+    [conversation] = chat.stored()
+    [stats] = [node["stats"] for node in conversation["nodes"].values() if node["role"] == "assistant"]
+    speed = re.search(r"≈ ([\d,.]+) tokens/s", chat.answers.last.locator(".stats").inner_text())
+    assert speed is not None
+    assert float(speed[1].replace(",", "")) == pytest.approx((stats["chunks"] - 1) / stats["write_s"], abs=0.6)
     chat.load()
     assert chat.answers.last.locator(".md").inner_text().strip() == text
 

@@ -150,11 +150,11 @@ def test_language_follows_the_browser_and_can_be_switched(
     assert chat.page.locator("#empty h1").inner_text() == "有什么可以帮你？"
     assert chat.page.evaluate("document.documentElement.lang") == "zh-CN"
     chat.ask("Who are you?")
-    assert "词元/秒" in chat.answers.last.locator(".stats").inner_text()
+    assert "首词元" in chat.answers.last.locator(".stats").inner_text()
     chat.page.click("#drawer-toggle")
     chat.page.locator("[data-section=page] summary").click()
     chat.page.get_by_role("radio", name="English").check()
-    assert "tokens/s" in chat.answers.last.locator(".stats").inner_text()
+    assert "first token" in chat.answers.last.locator(".stats").inner_text()
     assert chat.input.get_attribute("placeholder") == "Ask anything"
     chat.load()
     assert chat.page.get_by_role("button", name="New chat").first.is_visible()
