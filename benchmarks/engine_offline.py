@@ -14,6 +14,7 @@ rate of a copy. Random weights do not change the arithmetic; that the tokens are
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import random
 import statistics
 import time
@@ -43,10 +44,10 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], help="engine setting, key=value")
     parser.add_argument("--name", help="of the result file")
     args = parser.parse_args()
-    config = preset(f"qwen2.5-{args.shape}")
+    config = dataclasses.replace(preset(f"qwen2.5-{args.shape}"), max_position_embeddings=132096)
     started = time.perf_counter()
     model = random_model(config)
-    settings: dict[str, Any] = {"max_len": 132096, "prefix_caching": False}
+    settings: dict[str, Any] = {"prefix_caching": False}
     for item in args.set:
         key, _, value = item.partition("=")
         settings[key] = {"true": True, "false": False}.get(value, int(value) if value.isdigit() else value)

@@ -8,7 +8,7 @@ what stands around it as separate PyTorch kernels (norm, SwiGLU, residual), "pro
 the fused operation. Kernels of one graph follow each other with dependent launch, as in a model.
 
 `--tune` tries a grid of configurations for each number of tokens, prints the lines of the tables in
-`qwench/ops/linear_triton.py` and writes DIRECTORY/linear_configs.json; it stops after --seconds.
+`qwench/ops/linear_configs.py` and writes DIRECTORY/linear_configs.json; it stops after --seconds.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ from torch import Tensor
 from qwench.ops import linear as linear_module
 from qwench.ops.dispatch import forced
 from qwench.ops.linear import linear
+from qwench.ops.linear_configs import GemvConfig, MatmulConfig, gemv_config
+from qwench.ops.linear_triton import gemv, matmul
 from qwench.ops.norm import rms_norm
-from qwench.ops.linear_triton import GemvConfig, MatmulConfig, gemv, gemv_config, matmul
 
 MODELS = {
     "0.5B": (896, 14, 2, 64, 4864, 151936),
@@ -205,7 +206,7 @@ def tile_grid(matrix: Matrix, num_tokens: int) -> Iterator[MatmulConfig]:
         sums = pair * block_m * block_n / (32 * warps)  # registers of a thread for them
         if not 2 <= sums <= 128 or (block_m < 64 and block_n // 8 < warps):
             continue
-        if num_tokens > 16 and (programs > 132 * 6 or stages == 6 and block_k == 256):
+        if num_tokens > 16 and (programs > 132 * 6 or (stages == 6 and block_k == 256)):
             continue
         yield MatmulConfig(block_m, block_n, block_k, warps, stages, split)
 

@@ -1,14 +1,22 @@
 """Load on a running `qwench serve`: many streaming clients, some of which misbehave, and what is left afterwards.
 
-    python benchmarks/serve_load.py MODEL [--clients 200] [--seconds 300] [--max-tokens 64] [--check 16] [key=value ...]
+    python benchmarks/serve_load.py MODEL [--clients 200] [--seconds 300] [--max-tokens 64] [key=value ...]
     python benchmarks/serve_load.py MODEL --kill [--clients 50] [--seconds 60]
 
+MODEL "tiny" makes a small model with random weights, for machines where the server and not the model is of interest.
 Starts the server as a process of its own (further key=value arguments are its engine's settings). Each client repeats:
-a streamed chat that is read to the end, or one that is dropped in the middle, a prompt that does not fit, malformed
-JSON, a wrong key. At the end it checks that no cache block is missing, that greedy answers were those that the same
-engine gives to one request alone, that every misuse got its status, and how memory grew. With --kill the server is
-killed and started again every few seconds meanwhile; clients must see nothing worse than a refused or broken
-connection. Writes benchmarks/results/serve_load.json or serve_kill.json; the exit code is 1 if a check fails.
+a streamed chat that is read to the end; one that is dropped in the middle; a whole answer that is not waited for; a
+prompt that does not fit; malformed JSON; a wrong key; an unknown field. It checks that
+
+* every greedy answer is that of `NaiveGenerator` on the same checkpoint, made before (--no-naive: that all answers to
+  one question are the same, and the same as on the idle server). Left out are questions in whose answer the two best
+  tokens come nearer than --margin: there, the rounding of another batch size may decide;
+* no block of the cache is missing at the end;
+* every misuse got its status and code, and no request failed in another way.
+
+With --kill the server is killed and started again every few seconds meanwhile; clients must see nothing worse than a
+refused or broken connection. Prints how memory grew and how long clients waited, and writes
+benchmarks/results/serve_load.json or serve_kill.json; the exit code is 1 if a check fails.
 """
 
 from __future__ import annotations
@@ -16,6 +24,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -24,8 +33,10 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +83,56 @@ class ServerProcess:
         return self.process.wait(60)
 
 
+def make_tiny(directory: Path) -> None:
+    """A checkpoint with random weights and a vocabulary of 512, large enough that its greedy answers are distinct."""
+    import torch
+
+    from qwench.model.config import ModelConfig
+    from qwench.model.decoder import CausalLM
+    from qwench.model.weights import save_pretrained
+    from qwench.tokenizer import train
+
+    library = Path(os.__file__).parent
+    tokenizer = train(
+        [(library / name).read_text(encoding="utf-8") for name in ("abc.py", "bisect.py", "heapq.py")], 512
+    )
+    config = ModelConfig(
+        vocab_size=tokenizer.padded_vocab_size, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=2048,
+        bos_token_id=tokenizer.eod_id, eos_token_id=tokenizer.eod_id,
+    )  # fmt: skip
+    model = CausalLM(config, dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if name.endswith("norm.weight") else 0.0, 0.2, generator=generator)
+    save_pretrained(model, directory, tokenizer=tokenizer)
+
+
+def naive_answers(model: str, arguments: argparse.Namespace) -> dict[int, str]:
+    """Greedy answers to the questions, without those that hang on less than `margin` of log-probability."""
+    from qwench.engine.naive import NaiveGenerator
+    from qwench.model.checkpoint import locate
+    from qwench.model.load import load_model
+    from qwench.ops.hardware import pick_device
+    from qwench.tokenizer import Tokenizer
+    from qwench.types import SamplingParams
+
+    where, device = locate(model), pick_device(arguments.device)
+    loaded = load_model(where, device, "bfloat16" if device.type == "cuda" else "float32")
+    naive = NaiveGenerator(loaded, Tokenizer.load(where))
+    answers = {}
+    for number in range(arguments.questions):
+        params = SamplingParams(temperature=0, max_tokens=arguments.max_tokens, top_logprobs=2)
+        done = naive.generate(naive.tokenizer.render(question(number)), params)
+        margins = [
+            abs(first - second) for first, second in (tuple(top.values())[:2] for top in done.top_logprobs or ())
+        ]
+        if min(margins) >= arguments.margin:
+            answers[number] = done.text
+    return answers
+
+
 def question(number: int) -> list[dict[str, str]]:
     return [{"role": "user", "content": f"Write {number % 7 + 1} facts about the number {number}."}]
 
@@ -82,38 +143,45 @@ def chat(number: int, max_tokens: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-async def read_stream(response: httpx.Response, leave_after: int | None = None) -> tuple[str, str | None, float]:
-    """The text, how it ended (a finish reason, "left" or the error's message), and when its first piece came."""
-    text, end, events, first = "", None, 0, 0.0
+async def read_stream(response: httpx.Response, leave_after: int | None = None) -> tuple[str, str | None, list[float]]:
+    """The text, how it ended (a finish reason, "left" or the error's message), and when each piece came."""
+    text, end, events, times = "", None, 0, list[float]()
     async for line in response.aiter_lines():
         if not line.startswith("data: ") or line == "data: [DONE]":
             continue
         event = json.loads(line.removeprefix("data: "))
         if "error" in event:
-            return text, f"error: {event['error']['message']}", first
+            return text, f"error: {event['error']['message']}", times
         for choice in event["choices"]:
-            text += choice["delta"].get("content") or ""
-            first = first or (time.monotonic() if text else 0.0)
+            if piece := choice["delta"].get("content"):
+                text += piece
+                times.append(time.monotonic())
             end = choice["finish_reason"] or end
         events += 1
         if leave_after is not None and events >= leave_after:
-            return text, "left", first
-    return text, end, first
+            return text, "left", times
+    return text, end, times
+
+
+KINDS = {"read": 55, "leave": 20, "vanish": 10, "long": 4, "malformed": 4, "key": 4, "field": 3}
+"""What a client does next, with its weight; each is a method of `Load`."""
 
 
 class Load:
     """The clients and what they saw."""
 
-    def __init__(self, url: str, arguments: argparse.Namespace, max_len: int) -> None:
+    def __init__(self, url: str, arguments: argparse.Namespace, max_len: int, naive: dict[int, str] | None) -> None:
         self.url, self.arguments, self.max_len = url, arguments, max_len
         self.seen: Counter[str] = Counter()
         self.wrong: list[str] = []
-        self.answers: dict[int, str] = {}
+        self.answers: dict[int, str] = dict(naive or {})
         """Greedy answers by the number of the question; all answers to one question must be the same."""
+        self.questions = sorted(naive) if naive is not None else list(range(arguments.questions))
+        self.num_compared = 0
         self.first_s: list[float] = []
-        self.num_chars = 0
+        self.between_s: list[float] = []
+        self.whole_s: list[float] = []
         self.deadline = 0.0
-        self.down = 0
 
     async def run(self) -> None:
         self.deadline = time.monotonic() + self.arguments.seconds
@@ -124,9 +192,7 @@ class Load:
     async def one_client(self, client: httpx.AsyncClient, index: int) -> None:
         draw = random.Random(index)
         while time.monotonic() < self.deadline:
-            kind = draw.choices(
-                ["read", "leave", "long", "malformed", "key", "field"], [60, 25, 4, 4, 4, 3]
-            )[0]  # fmt: skip
+            kind = draw.choices(list(KINDS), list(KINDS.values()))[0]
             try:
                 await getattr(self, kind)(client, draw)
                 self.seen[kind] += 1
@@ -137,29 +203,39 @@ class Load:
                 await asyncio.sleep(draw.uniform(0.1, 0.5))
 
     async def read(self, client: httpx.AsyncClient, draw: random.Random) -> None:
-        number = draw.randrange(self.arguments.questions)
+        number = draw.choice(self.questions)
         started = time.monotonic()
         body = chat(number, self.arguments.max_tokens)
         async with client.stream("POST", f"{self.url}/v1/chat/completions", json=body) as response:
             if await self.turned_away(response, draw):
                 return
-            text, end, first = await read_stream(response)
-        if first:
-            self.first_s.append(first - started)
+            text, end, times = await read_stream(response)
         if self.arguments.kill and (end is None or end.startswith("error")):
             self.seen["broken stream"] += 1
             return
+        if times:
+            self.first_s.append(times[0] - started)
+            self.between_s += [late - early for early, late in itertools.pairwise(times)]
+        self.whole_s.append(time.monotonic() - started)
+        self.num_compared += 1
         if end not in ("stop", "length"):
             self.wrong.append(f"question {number} ended with {end!r}")
         elif self.answers.setdefault(number, text) != text:
-            self.wrong.append(f"question {number}: {text!r} now, {self.answers[number]!r} before")
-        self.num_chars += len(text)
+            self.wrong.append(f"question {number}: {text!r} where {self.answers[number]!r} was due")
 
     async def leave(self, client: httpx.AsyncClient, draw: random.Random) -> None:
         body = chat(draw.randrange(10**6), self.arguments.max_tokens)
         async with client.stream("POST", f"{self.url}/v1/chat/completions", json=body) as response:
             if not await self.turned_away(response, draw):
                 await read_stream(response, leave_after=draw.randrange(1, 20))
+
+    async def vanish(self, client: httpx.AsyncClient, draw: random.Random) -> None:
+        """Ask for a whole answer and go away, often before it has begun."""
+        body = chat(draw.randrange(10**6), self.max_len // 2) | {"stream": False, "ignore_eos": True}
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(draw.uniform(0, 0.5)):
+                response = await client.post(f"{self.url}/v1/chat/completions", json=body)
+                await self.turned_away(response, draw)
 
     async def turned_away(self, response: httpx.Response, draw: random.Random) -> bool:
         """Whether the server was full or stopping, which is an answer too; then wait a little."""
@@ -266,6 +342,16 @@ async def measure(server: ServerProcess, load: Load) -> tuple[list[tuple[float, 
     return memory, kills
 
 
+def percentiles(seconds: Sequence[float]) -> dict[str, float] | None:
+    """The median, rarer ones and the worst, in seconds."""
+    if len(seconds) < 2:
+        return None
+    cuts = statistics.quantiles(seconds, n=100)
+    return {
+        "p50": round(cuts[49], 4), "p90": round(cuts[89], 4), "p99": round(cuts[98], 4), "max": round(max(seconds), 4)
+    }  # fmt: skip
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -274,19 +360,31 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=300)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--questions", type=int, default=64, help="different questions of the greedy answers")
-    parser.add_argument("--check", type=int, default=16, help="of them asked again alone at the end")
+    parser.add_argument("--naive", action=argparse.BooleanOptionalAction, default=True, help="compare with it")
+    parser.add_argument("--margin", type=float, default=1e-3, help="in log-probability, see above (bf16 needs more)")
+    parser.add_argument("--check", type=int, default=16, help="questions asked again alone at the end")
     parser.add_argument("--max-concurrent", type=int, default=256)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--kill", action="store_true", help="kill and restart the server meanwhile")
     parser.add_argument("--kill-every", type=float, default=10, metavar="S")
     arguments = parser.parse_intermixed_args()
-    server = ServerProcess(
-        arguments.model, arguments.settings, arguments.port, arguments.device, arguments.max_concurrent
-    )
+    with tempfile.TemporaryDirectory() as directory:
+        model = arguments.model
+        if model == "tiny":
+            model = str(Path(directory) / "tiny")
+            make_tiny(Path(model))
+        return measured(model, arguments)
+
+
+def measured(model: str, arguments: argparse.Namespace) -> int:
+    naive = naive_answers(model, arguments) if arguments.naive else None
+    if naive is not None and not naive:
+        raise SystemExit("every answer hangs on a near tie; lower --margin or --max-tokens")
+    server = ServerProcess(model, arguments.settings, arguments.port, arguments.device, arguments.max_concurrent)
     try:
-        model = httpx.get(f"{server.url}/v1/models", headers=HEADERS, timeout=60).json()["data"][0]
-        load = Load(server.url, arguments, model["max_model_len"])
+        shown = httpx.get(f"{server.url}/v1/models", headers=HEADERS, timeout=60).json()["data"][0]
+        load = Load(server.url, arguments, shown["max_model_len"], naive)
         asked_alone(server.url, [0], 8)  # so that what is built at the first answer is not taken for growth
         before = settled(server.url)
         memory, kills = asyncio.run(measure(server, load))
@@ -299,35 +397,45 @@ def main() -> int:
         if server.process.poll() is None:
             server.process.kill()
     lost = after["qwench_cache_blocks"] - after["qwench_cache_blocks_free"]
+    changes = {
+        name.removeprefix("qwench_").removesuffix("_total"): int(after[name] - before[name])
+        for name in (
+            "qwench_prompt_tokens_total", "qwench_cached_prompt_tokens_total", "qwench_generated_tokens_total",
+            "qwench_preemptions_total",
+        )
+    }  # fmt: skip
     result: dict[str, Any] = {
         "clients": arguments.clients,
         "seconds": arguments.seconds,
         "events": dict(sorted(load.seen.items())),
-        "wrong": load.wrong[:20],
         "num_wrong": len(load.wrong),
+        "wrong": load.wrong[:20],
         "blocks": {
             "all": after["qwench_cache_blocks"], "free_before": before["qwench_cache_blocks_free"],
             "free_after": after["qwench_cache_blocks_free"],
         },
-        "greedy_answers": {"questions": len(load.answers), "asked_alone": len(numbers), "differing": len(differing)},
+        "greedy_answers": {
+            "compared": load.num_compared, "questions": len(load.questions), "with_naive": naive is not None,
+            "left_out_for_near_ties": arguments.questions - len(load.questions),
+            "asked_alone": len(numbers), "differing_alone": len(differing),
+        },
         "memory_mib": {
             "first": round(memory[0][1]), "last": round(memory[-1][1]), "most": round(max(size for _, size in memory)),
             "slope_per_min": round(slope_mib_per_min(memory), 2),
         },
-        "generated_tokens_per_s": round(
-            (after["qwench_generated_tokens_total"] - before["qwench_generated_tokens_total"]) / arguments.seconds, 1
-        ),
-        "first_text_s": {
-            "median": round(statistics.median(load.first_s), 3), "worst": round(max(load.first_s), 3)
-        } if load.first_s else None,
+        "counters": changes,
+        "generated_tokens_per_s": round(changes["generated_tokens"] / arguments.seconds, 1),
+        "seconds_to_first_text": percentiles(load.first_s),
+        "seconds_between_pieces": percentiles(load.between_s),
+        "seconds_for_an_answer": percentiles(load.whole_s),
         "kills": kills,
         "exit_code": exit_code,
     }  # fmt: skip
     if arguments.kill:
-        del result["generated_tokens_per_s"], result["memory_mib"]  # of several processes
+        del result["generated_tokens_per_s"], result["memory_mib"], result["counters"]  # of several processes
     print(json.dumps(result, indent=2))
     write_result("serve_kill" if arguments.kill else "serve_load", result)
-    return int(bool(load.wrong or lost or differing or exit_code))
+    return int(bool(load.wrong or lost or differing or exit_code or not load.num_compared))
 
 
 if __name__ == "__main__":

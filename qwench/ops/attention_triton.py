@@ -143,7 +143,7 @@ def _decode_kernel(
     begin = 0
     if WINDOWED:
         begin = tl.maximum(length - window, 0)
-    used, start, stop = _range_of_split(length, begin, split, SPLITS, N, MIN)
+    used, start, stop = _range_of_split(length, begin, split, SPLITS, N, MIN)  # pyright: ignore[reportGeneralTypeIssues]
     if split >= used:
         if USE_PDL:
             gdc_wait()
@@ -152,7 +152,7 @@ def _decode_kernel(
     inv_freq = tl.load(inv_freq_ptr + cols % R)
     table_row = table + seq * stride_table
     old_stop = tl.minimum(stop, old)
-    k_ND, v_ND, valid = _tile(
+    k_ND, v_ND, valid = _tile(  # pyright: ignore[reportGeneralTypeIssues]
         keys, values, table_row, start, old_stop, head * stride_kk, cols, stride_kn, stride_kp, dtype, P, N
     )
     angles = tl.load(position_ptr + seq).to(tl.float32) * inv_freq
@@ -218,7 +218,7 @@ def _part_kernel(
     begin = 0
     if WINDOWED:
         begin = tl.maximum(length - num_q - window + 1, 0)
-    used, start, stop = _range_of_split(length, begin, split, SPLITS, N, MIN)
+    used, start, stop = _range_of_split(length, begin, split, SPLITS, N, MIN)  # pyright: ignore[reportGeneralTypeIssues]
     if split >= used:
         return
     q_ptrs = q + (first_q + q_of_row)[:, None] * stride_qt + h_of_row[:, None] * stride_qh + cols[None, :]
@@ -331,10 +331,10 @@ class _Work:
 
 def num_splits(num_programs: int, multiprocessors: int) -> int:
     """Power of two that gives about two programs a multiprocessor, at most MAX_SPLITS."""
-    return max(1, min(MAX_SPLITS, triton.next_power_of_2(2 * multiprocessors // max(1, num_programs) + 1) // 2))
+    wanted = 2 * multiprocessors // max(1, num_programs)
+    return max(1, min(MAX_SPLITS, 1 << max(wanted.bit_length() - 1, 0)))
 
 
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-

@@ -4,12 +4,13 @@
     linear(x, o_weight, residual=x0)
     linear(x, gate_up_weight, norm=(norm_weight, eps), swiglu=True)
 
-* "reference" composes `rms_norm`, `F.linear`, `swiglu` and an addition: differentiable, every dtype, the CPU path.
+* "reference" composes `rms_norm`, `F.linear`, `swiglu` and an addition: differentiable, every dtype.
+* "few" is the same on a CPU, with faster products where there are few tokens (`ops.linear_cpu`).
 * "fused" is for inference in half precision on a GPU. One token: one Triton kernel for all of it. A few
   tokens: a norm kernel and Triton's tensor-core kernel. More: cuBLAS between Triton's row kernels. Whatever needs a
   gradient, fp32 or mixed dtypes goes to the composition. No host synchronisation: it can be captured.
-* "invariant" (forced, as `dispatch.batch_invariant_kernels` does): one tile shape and one order of sums for any number of
-  tokens, so that the bits of a row depend on the row alone. Slower; no gradient.
+* "invariant" (forced, as `dispatch.batch_invariant_kernels` does): one tile shape and one order of sums for any number
+  of tokens, so that the bits of a row depend on the row alone. Slower; no gradient.
 
 The fused kernels keep fp32 from the product to the one rounding of the result; the composition rounds at every step.
 
@@ -18,26 +19,18 @@ Shape suffixes: T tokens, D inputs, N outputs, F = N / 2.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qwench.ops import triton_launch
+from qwench.ops import linear_cpu, triton_launch
 from qwench.ops.dispatch import Implementation, Operation
+from qwench.ops.linear_configs import INVARIANT, INVARIANT_FP32, tile_config
 from qwench.ops.norm import rms_norm
 from qwench.ops.swiglu import swiglu as swiglu_op
-
-if TYPE_CHECKING:
-    from qwench.ops.linear_triton import MatmulConfig
-
-
-def tile_config(num_tokens: int, outputs: int, size: int, swiglu: bool) -> MatmulConfig | None:
-    """The tile by which our kernel multiplies so many tokens, or None where cuBLAS is faster."""
-    from qwench.ops import linear_triton
-
-    return linear_triton.tile_config(num_tokens, outputs, size, swiglu)
 
 
 def linear(
@@ -54,7 +47,8 @@ def linear(
 
     In this order: RMSNorm of x where `norm` = (weight [D], eps) is given; the product with weight.T and the bias;
     silu(first half) * second half where `swiglu` (the weight is gate rows above up rows); `residual` added, of the
-    result's shape (without a gradient it may be overwritten: use what is returned). Weights of another dtype are cast to x's. Leading dimensions of x other than one T are allowed.
+    result's shape (without a gradient it may be overwritten: use what is returned). Weights of another dtype are cast
+    to x's. Leading dimensions of x other than one T are allowed.
     Differentiable (not "invariant", which raises ValueError for inputs that need a gradient).
     """
     return LINEAR.choose(x_TD.device)(x_TD, weight_ND, bias_N, norm, swiglu, residual, out_dtype)
@@ -68,11 +62,12 @@ def _reference(
     swiglu: bool,
     residual: Tensor | None,
     out_dtype: torch.dtype | None,
+    product: Callable[[Tensor, Tensor, Tensor | None], Tensor] = F.linear,
 ) -> Tensor:
     if norm is not None:
         x_TD = rms_norm(x_TD, *norm)
     bias_N = None if bias_N is None else bias_N.to(x_TD.dtype)
-    y_TN = F.linear(x_TD, weight_ND.to(x_TD.dtype), bias_N)
+    y_TN = product(x_TD, weight_ND.to(x_TD.dtype), bias_N)
     if swiglu:
         y_TN = swiglu_op(y_TN)
     if residual is not None:
@@ -155,7 +150,7 @@ def _invariant(
         bias_N,
         residual_TN=None if swiglu else residual_TN,
         out_dtype=x_TD.dtype if swiglu else out_dtype,
-        config=linear_triton.INVARIANT_FP32 if fp32 else linear_triton.INVARIANT,
+        config=INVARIANT_FP32 if fp32 else INVARIANT,
     )
     if swiglu:
         y_TN = elementwise_triton.swiglu(y_TN)
@@ -164,11 +159,16 @@ def _invariant(
     return y_TN.reshape(*x_TD.shape[:-1], -1)
 
 
+def _on_cpu(device: torch.device) -> bool:
+    return device.type == "cpu"
+
+
 LINEAR = Operation(
     "linear",
     [
         Implementation("fused", _fused, triton_launch.runs_triton),
         Implementation("invariant", _invariant, triton_launch.runs_triton),
+        Implementation("few", functools.partial(_reference, product=linear_cpu.product), _on_cpu),
         Implementation("reference", _reference),
     ],
 )

@@ -21,7 +21,8 @@ if interpreted():
 
 LINEAR_TYPES = {
     "x_ptr": "*bf16", "w_ptr": "*bf16", "bias_ptr": "*bf16", "norm_ptr": "*bf16", "res_ptr": "*bf16",
-    "out_ptr": "*bf16", "N": "i32", "T": "i32", "stride_wn": "i32", "stride_xt": "i32", "stride_rt": "i32",
+    "out_ptr": "*bf16", "part_ptr": "*fp32", "counter_ptr": "*i32", "N": "i32", "T": "i32", "stride_wn": "i32",
+    "stride_xt": "i32", "stride_rt": "i32",
     "eps": "fp32",
 }  # fmt: skip
 ROPE_TYPES = {
@@ -90,7 +91,7 @@ def test_matmul(tile: tuple[int, int, int, int, int], swiglu: bool) -> None:
     block_m, block_n, block_k, num_warps, num_stages = tile
     constants = {
         "K": 896, "BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k, "NUM_STAGES": num_stages,
-        "HAS_BIAS": True, "SWIGLU": swiglu, "HAS_RES": True, "PRECISION": "ieee",
+        "SPLIT_K": 1 if swiglu else 4, "HAS_BIAS": True, "SWIGLU": swiglu, "HAS_RES": True, "PRECISION": "ieee",
         "PREFETCH_LINES": 16 if block_m == 16 else 0, "USE_PDL": True,
     }  # fmt: skip
     before, after = split_at_wait(

@@ -1,0 +1,56 @@
+"""Products of a few tokens with a weight matrix on a CPU: a decoding step, which is bound by reading memory.
+
+Not for many tokens, gradients or other processors: those go to `F.linear`, as does whatever gains nothing here.
+`F.linear` gives oneDNN and MKL a very flat matrix times a large one, which they do not read at the memory's rate. Two
+other calls of torch do better, by up to twice on the processors with bf16 instructions (docs/cpu.md has the figures):
+one bf16 token goes to the matrix-vector product, and a few tokens take the weight as the left operand. All of them
+accumulate in fp32 and round once, bias included.
+
+Shape suffixes: T tokens, K inputs, N outputs.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MOST_BF16 = 64
+"""Most bf16 tokens for which the weight is the left operand."""
+FEWEST_FP32, MOST_FP32 = 4, 32
+"""The same in fp32. `F.linear` reads at the memory's rate below, and is bound by arithmetic above."""
+
+
+def product(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias as `F.linear` has it, [T, N] contiguous in the dtype that all arguments share.
+
+    Other leading dimensions of x, and arguments that need a gradient, are allowed: `F.linear` computes those.
+    """
+    num_tokens, dtype = x_TK.shape[0], x_TK.dtype
+    if not _gains(dtype, num_tokens) or x_TK.ndim != 2 or _recorded(x_TK, weight_NK, bias_N):
+        return F.linear(x_TK, weight_NK, bias_N)
+    if num_tokens == 1:
+        x_K = x_TK[0]
+        y_N = torch.mv(weight_NK, x_K) if bias_N is None else torch.addmv(bias_N, weight_NK, x_K)
+        return y_N[None]
+    x_KT = x_TK.t()
+    y_NT = torch.mm(weight_NK, x_KT) if bias_N is None else torch.addmm(bias_N[:, None], weight_NK, x_KT)
+    return y_NT.t().contiguous()
+
+
+def _gains(dtype: torch.dtype, num_tokens: int) -> bool:
+    if dtype == torch.bfloat16:
+        return 1 <= num_tokens <= MOST_BF16 and _has_bf16_instructions()
+    return dtype == torch.float32 and FEWEST_FP32 <= num_tokens <= MOST_FP32 and _has_bf16_instructions()
+
+
+@functools.cache
+def _has_bf16_instructions() -> bool:
+    """Where these calls were measured faster. With AVX2 alone the bf16 matrix-vector product takes several times longer."""
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def _recorded(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
