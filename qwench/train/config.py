@@ -133,8 +133,10 @@ class OpsConfig:
 
     attention: str | None = None
     cross_entropy: str | None = None
+    linear: str | None = None
     rms_norm: str | None = None
     rope: str | None = None
+    rope_and_store: str | None = None
     swiglu: str | None = None
 
 
