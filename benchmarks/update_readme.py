@@ -37,9 +37,40 @@ def rows() -> list[str]:
     return lines
 
 
+SHAPES = ("0.5b", "1.5b", "7b")
+
+
+def engine_rows() -> list[str]:
+    """The engine on one GPU beside vLLM: medians, the floor of the load in brackets."""
+    vllm = figures("vllm_h200")
+    ours = {shape: figures(f"engine_offline_{shape}") for shape in SHAPES}
+    lines = [
+        "",
+        "| one H200, bf16, Qwen2.5 shapes: qwench / vLLM 0.25.1 (floor) | 0.5B | 1.5B | 7B |",
+        "|---|---|---|---|",
+    ]
+    for case, label in (
+        ("throughput", "256 sequences, 100-1024 in, 100-1024 out, output tokens/s"),
+        ("single", "one stream, 128 in, 512 out, tokens/s"),
+        ("batch", "1024 sequences, 512 in, 256 out, total tokens/s"),
+    ):
+        cells = [
+            f"{ours[shape][case]['median']:,.0f} / {vllm[shape][case]:,.0f} ({ours[shape][case]['floor']:,.0f})"
+            for shape in SHAPES
+        ]
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    for length in ("32768", "131072"):
+        cells = []
+        for shape in SHAPES:
+            mine = ours[shape]["ttft"][length]
+            cells.append(f"{mine['median']:.3f} / {vllm[shape]['ttft'][length]:.3f} ({mine['floor']:.3f})")
+        lines.append(f"| first token of a prompt of {int(length):,} tokens, s | {' | '.join(cells)} |")
+    return lines
+
+
 def main() -> None:
     text = README.read_text(encoding="utf-8")
-    table = "\n".join(["<!-- benchmarks -->", *rows(), "<!-- /benchmarks -->"])
+    table = "\n".join(["<!-- benchmarks -->", *rows(), *engine_rows(), "<!-- /benchmarks -->"])
     found, count = re.subn(r"<!-- benchmarks -->.*?<!-- /benchmarks -->", lambda _: table, text, flags=re.DOTALL)
     assert count == 1, "README.md needs one pair of benchmark markers"
     README.write_text(found, encoding="utf-8")
