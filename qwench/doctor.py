@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from qwench import __version__
-from qwench.ops import attention, cross_entropy, dispatch, norm, rope, swiglu
-from qwench.ops.hardware import matmul_flops, pick_device, pick_dtype
+from qwench.ops import attention, cross_entropy, dispatch, linear, norm, paging, rope, sampling, swiglu
+from qwench.ops.hardware import cpu_features, matmul_flops, pick_device, pick_dtype
 from qwench.run import PACKAGES, git_commit, machine
 
 OPTIONAL = {
@@ -21,7 +21,7 @@ OPTIONAL = {
     "zstandard": "reading .zst files (extra [data])",
     "transformers": "checks against Hugging Face (extra [dev])",
 }
-OPERATION_FILES = (attention, cross_entropy, norm, rope, swiglu)
+OPERATION_FILES = (attention, cross_entropy, linear, norm, paging, rope, sampling, swiglu)
 """Imported so that every operation is registered."""
 
 
@@ -32,7 +32,7 @@ def main(argv: list[str]) -> int:
     table = Table(title="machine", show_header=False, title_justify="left")
     table.add_row("system", facts["system"])
     table.add_row("processor", f"{facts['cpu']}, {facts['cores']} cores, {facts['memory_gib']} GiB memory")
-    table.add_row("instruction set", torch.backends.cpu.get_cpu_capability())
+    table.add_row("instruction set", ", ".join((torch.backends.cpu.get_cpu_capability(), *cpu_features())))
     table.add_row("free disk here", f"{shutil.disk_usage(Path.cwd()).free / 2**30:.0f} GiB")
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)

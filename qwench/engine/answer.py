@@ -111,6 +111,19 @@ class Answer:
         )
 
 
+def joined(pieces: Sequence[Chunk]) -> Chunk:
+    """Pieces of one answer that follow each other, as one."""
+    if len(pieces) == 1:
+        return pieces[0]
+    return Chunk(
+        text="".join(piece.text for piece in pieces),
+        token_ids=[token for piece in pieces for token in piece.token_ids],
+        logprobs=[logprob for piece in pieces for logprob in piece.logprobs],
+        top_logprobs=[top for piece in pieces for top in piece.top_logprobs],
+        completion=pieces[-1].completion,
+    )
+
+
 def held_back(text: str, stops: Sequence[str]) -> int:
     """Length of the longest end of `text` that is the beginning of a stop string."""
     longest = 0

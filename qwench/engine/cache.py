@@ -74,7 +74,7 @@ def num_blocks_that_fit(
         foreign = total - free - torch.cuda.memory_reserved(device)
         room = int(total * config.memory_fraction) - foreign - peak
     else:
-        room = min(int(config.memory_fraction * available_bytes() / 2), CPU_LIMIT_BYTES)
+        room = min(int(config.memory_fraction * available_bytes() / 2), CPU_LIMIT_BYTES) // config.tensor_parallel
     fitting = room // block_bytes
     if fitting < 2:
         raise ValueError(

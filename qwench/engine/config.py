@@ -43,14 +43,20 @@ class EngineConfig:
     draft_model: str | None = None
     """Checkpoint of the draft model (speculate=draft); it must share the tokenizer."""
     draft_tokens: int = 4
-    """Tokens proposed at a time."""
+    """Tokens proposed at a time, at most; fewer where they are often wrong."""
+    speculate_max_seqs: int | None = None
+    """Speculate only while at most so many answers run, as more keep the device busy by themselves; 8 on a GPU, 2 on a
+    CPU."""
     tensor_parallel: int = 1
     """GPUs that share the model."""
 
     def __post_init__(self) -> None:
         if not 0 < self.memory_fraction <= 1:
             raise ValueError(f"memory_fraction is {self.memory_fraction}; give a number in (0, 1]")
-        for name in ("max_len", "max_seqs", "max_step_tokens", "block_size", "cache_tokens", "decode_steps"):
+        for name in (
+            "max_len", "max_seqs", "max_step_tokens", "block_size", "cache_tokens", "decode_steps",
+            "speculate_max_seqs",
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; give at least 1")
@@ -65,5 +71,14 @@ class EngineConfig:
             raise ValueError(f"draft_tokens is {self.draft_tokens}; give 1 to 15")
         if self.speculate == "draft" and self.draft_model is None:
             raise ValueError("speculate=draft needs draft_model, the path of a small model of the same family")
+        if self.speculate != "draft" and self.draft_model is not None:
+            raise ValueError(
+                f"draft_model is given, but speculate={self.speculate}; set speculate=draft or leave it out"
+            )
+        if self.speculate != "off" and self.deterministic:
+            raise ValueError(
+                f"speculate={self.speculate} computes a token with other kernels where it is a draft, which "
+                "deterministic=true rules out; leave one of the two out"
+            )
         if self.tensor_parallel < 1:
             raise ValueError(f"tensor_parallel is {self.tensor_parallel}; give at least 1")

@@ -8,6 +8,7 @@ and what it draws then is thrown away.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
@@ -16,9 +17,10 @@ import torch
 from qwench.engine.blocks import BlockPool
 from qwench.engine.config import EngineConfig
 from qwench.engine.draw import Extras, mode_of
-from qwench.engine.runner import Flight, Pending, Runner
+from qwench.engine.runner import Flight, Runner
 from qwench.engine.scheduler import NeedsDrain, Scheduler, Step
 from qwench.engine.sequence import Sequence
+from qwench.engine.speculate import Places, Speculator
 from qwench.ops.dispatch import batch_invariant_kernels
 
 
@@ -28,10 +30,18 @@ class Core:
     ) -> None:
         self.runner, self.pool, self.config = runner, pool, config
         self.scheduler = Scheduler(
-            pool, max_seqs, max_step_tokens, config.decode_steps or 1, deterministic=config.deterministic
+            pool,
+            max_seqs,
+            max_step_tokens,
+            config.decode_steps or 1,
+            deterministic=config.deterministic,
+            draft_model=runner.draft is not None,
         )
+        self.speculator = Speculator(runner, config, max_step_tokens) if config.speculate != "off" else None
         self.overlap = config.overlap and runner.on_gpu
         self.num_generated = 0
+        self.on_tokens: Callable[[Flight, list[list[int]]], None] = lambda flight, lines: None
+        """Called with the tokens of each flight before they are handed out. What it raises stops the engine."""
         self._flight: Flight | None = None
         self._placed: dict[int, int] = {}
         """Admission -> row, as the device knows them."""
@@ -51,30 +61,43 @@ class Core:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Launch one step, and read the one before (or the same, without overlap)."""
+        """Launch one step, and read the one before (or the same, without overlap or with drafts)."""
         with self._kernels():
-            planned = self._plan()
+            planned = self._plan(self._drafts())
             before, self._flight = self._flight, None
             if planned is not None:
                 self._place()
                 self._flight, before = self._launch(planned, before)
             if before is not None:
                 self._read(before)
-            if not self.overlap:
+            if not self.overlap or (planned is not None and planned.drafts):
                 self._drain()
 
     def _kernels(self) -> AbstractContextManager[None]:
         return batch_invariant_kernels() if self.config.deterministic else nullcontext()
 
-    def _plan(self) -> Step | None:
+    def _drafts(self) -> dict[Sequence, int] | None:
+        """How many tokens sequences propose to check in the next step; None where it is a plain one anyway."""
+        running = self.scheduler.running
+        if self.speculator is None or not self.speculator.wants(running):
+            return None
+        self._drain()
+        return self.speculator.propose(running)
+
+    def _plan(self, drafts: dict[Sequence, int] | None) -> Step | None:
+        most = self._max_steps(drafts)
         try:
-            return self.scheduler.plan(in_flight=self._flight is not None, max_steps=self._max_steps())
+            return self.scheduler.plan(in_flight=self._flight is not None, max_steps=most, drafts=drafts)
         except NeedsDrain:
             self._drain()
-            return self.scheduler.plan(in_flight=False, max_steps=self._max_steps())
+            return self.scheduler.plan(in_flight=False, max_steps=most, drafts=drafts)
 
-    def _max_steps(self) -> int | None:
-        return 1 if any(s.needs_host for s in self.scheduler.running) else self.config.decode_steps
+    def _max_steps(self, drafts: dict[Sequence, int] | None) -> int | None:
+        if drafts or any(s.needs_host for s in self.scheduler.running):
+            return 1
+        return (
+            self.config.decode_steps if drafts is None or self.speculator is None else self.speculator.max_plain_steps
+        )
 
     def _drain(self) -> None:
         if self._flight is not None:
@@ -99,6 +122,8 @@ class Core:
         """The step's flight, and the earlier flight if it is still unread."""
         runner, everyone = self.runner, step.decodes + [s for s, _, _ in step.chunks]
         mode, special = mode_of(everyone), any(s.needs_host for s in everyone)
+        if step.drafts and self.speculator is not None:
+            return self.speculator.launch(step, mode, self._extras if special else None), before
         if not step.chunks and not special:
             return runner.decode(step, mode), before
         pending = runner.forward_mixed(step) if step.chunks else runner.forward_decode(step)
@@ -107,26 +132,35 @@ class Core:
             if before is not None:  # grammars must know the last tokens; the device computes logits meanwhile
                 self._read(before)
                 before = None
-            extras = self._extras(pending)
+            extras = self._extras([(s, range(row, row + 1)) for row, s in enumerate(pending.sequences)], {})
         return runner.draw(pending, mode, extras), before
 
-    def _extras(self, pending: Pending) -> Extras:
+    def _extras(self, places: Places, further_masks: dict[int, np.ndarray]) -> Extras:
+        """What the host adds to the logits of each sequence's next tokens: the first one, and those behind drafts.
+
+        `further_masks` has what grammars allow behind drafts, by the row of the logits.
+        """
         extras = Extras()
         constrained: list[tuple[int, Sequence]] = []
         banned: list[tuple[int, Sequence]] = []
-        for row, sequence in enumerate(pending.sequences):
+        for sequence, rows in places:
             params = sequence.params
             if sequence.is_finished:
                 continue
-            extras.edits += [(row, token, value) for token, value in params.logit_bias.items()]
-            if sequence.num_launched <= params.min_tokens:
-                banned.append((row, sequence))
+            for row in rows:
+                extras.edits += [(row, token, value) for token, value in params.logit_bias.items()]
+            num_banned = max(0, params.min_tokens - sequence.num_launched + 1)
+            banned += [(row, sequence) for row in rows[:num_banned]]
             extras.num_top = max(extras.num_top, params.top_logprobs)
             if sequence.matcher is not None:
-                constrained.append((row, sequence))
+                constrained.append((rows.start, sequence))
         if constrained:
-            extras.masked = [row for row, _ in constrained]
             extras.masks = self._masks([sequence for _, sequence in constrained])
+            if further_masks:
+                owners = {row: sequence for sequence, rows in places for row in rows}
+                constrained += [(row, owners[row]) for row in further_masks]
+                extras.masks = np.concatenate((extras.masks, list(further_masks.values())))
+            extras.masked = [row for row, _ in constrained]
         only_end = self._rows_that_must_end(constrained, extras.masks)
         for row, sequence in banned:
             if row not in only_end:
@@ -170,6 +204,9 @@ class Core:
     def _read(self, flight: Flight) -> None:
         """Hand the tokens of a flight to their answers."""
         tokens, logprobs = flight.wait()
+        self.on_tokens(flight, tokens)
+        if flight.num_new is not None and self.speculator is not None:
+            self.speculator.settle(flight, tokens)
         for sequence, values in flight.prompt_logprobs:
             known = sequence.answer.prompt_logprobs = sequence.answer.prompt_logprobs or [None]
             known.extend(values.tolist())
@@ -188,7 +225,7 @@ class Core:
                 line, values = line[skipped:], values[skipped:]
             if sequence.needs_host:
                 try:
-                    self._push_one(sequence, line, values, None if top is None else (top[0][column], top[1][column]))
+                    self._push_each(sequence, line, values, None if top is None else (top[0][column], top[1][column]))
                 except ValueError as error:  # a grammar that became too expensive ends its own answer only
                     self.fail(sequence, error)
                     continue
@@ -200,18 +237,26 @@ class Core:
             elif sequence.sink is not None and len(sequence.outputs) > num_before:
                 sequence.sink(sequence.answer.take())
 
-    def _push_one(
-        self, sequence: Sequence, line: list[int], values: list[float], top: tuple[list[int], list[float]] | None
+    def _push_each(
+        self,
+        sequence: Sequence,
+        line: list[int],
+        values: list[float],
+        top: tuple[list[list[int]], list[list[float]]] | None,
     ) -> None:
-        """The next token of a sequence whose grammar must hear of it, or that wants to see the likeliest ones."""
-        for token, logprob in zip(line, values, strict=True):
-            count = sequence.params.top_logprobs
-            best = dict(zip(top[0][:count], top[1][:count], strict=True)) if count and top is not None else None
+        """The next tokens of a sequence whose grammar must hear of them, or that wants to see the likeliest ones."""
+        count = sequence.params.top_logprobs
+        for place, (token, logprob) in enumerate(zip(line, values, strict=True)):
+            best = None
+            if count and top is not None:
+                best = dict(zip(top[0][place][:count], top[1][place][:count], strict=True))
             sequence.answer.push(token, logprob, best)
             if sequence.matcher is not None and sequence.answer.finish != "stop":
                 sequence.matcher.consume(token)
                 if sequence.matcher.is_finished:  # also where the limit is reached at once
                     sequence.answer.stop()
+            if sequence.is_finished:
+                break
 
     def _leave(self, sequence: Sequence) -> None:
         self.scheduler.finish(sequence)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import logging
 import math
 import queue
 import secrets
@@ -27,26 +26,24 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from qwench.engine.answer import Answer
-from qwench.engine.blocks import BlockPool
-from qwench.engine.cache import cache_shape, num_blocks_that_fit
+from qwench.engine.answer import Answer, joined
+from qwench.engine.assembly import build_core
 from qwench.engine.config import EngineConfig
 from qwench.engine.core import Core
 from qwench.engine.loop import EngineLoop
 from qwench.engine.mailbox import Mailbox
-from qwench.engine.runner import Runner
+from qwench.engine.replicas import Replicas
 from qwench.engine.sequence import Sequence
 from qwench.model.checkpoint import locate
 from qwench.model.decoder import CausalLM
 from qwench.model.load import load_model
+from qwench.model.weights import parse_dtype
 from qwench.ops.hardware import pick_device
 from qwench.tokenizer import Tokenizer
 from qwench.types import Chunk, Completion, SamplingParams
 
 if TYPE_CHECKING:
     from qwench.engine.grammar import GrammarCompiler
-
-log = logging.getLogger("qwench.engine")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +63,7 @@ class EngineStats:
     """Prompt tokens that the prefix cache already held."""
     generated_tokens: int
     draft_tokens: int
+    """Tokens that speculative decoding has proposed and checked."""
     accepted_draft_tokens: int
 
 
@@ -85,9 +83,32 @@ class Engine:
         `dtype` "auto" takes bf16 on a GPU and fp32 on a CPU. `tokenizer` overrides the one beside the model.
         Raises ValueError for what cannot be loaded or does not fit.
         """
+        self._replicas: Replicas | None = None
+        try:
+            self._open(path, device, dtype, tokenizer, config or EngineConfig())
+        except BaseException as error:
+            if self._replicas is None:
+                raise
+            cause = self._replicas.explain(error)
+            self._replicas.close()
+            raise cause from (None if cause is error else error)
+
+    def _open(
+        self,
+        path: str | Path | CausalLM,
+        device: str,
+        dtype: str | torch.dtype,
+        tokenizer: str | Path | Tokenizer | None,
+        config: EngineConfig,
+    ) -> None:
         if isinstance(path, CausalLM):
             if tokenizer is None:
                 raise ValueError("an engine over a loaded model needs its tokenizer: Engine(model, tokenizer=...)")
+            if config.tensor_parallel > 1:
+                raise ValueError(
+                    f"tensor_parallel is {config.tensor_parallel}, but the model is already loaded; give the path of "
+                    "its checkpoint, of which each device loads its share"
+                )
             self.model = path
         else:
             place = pick_device(device)
@@ -95,9 +116,14 @@ class Engine:
                 dtype = "bfloat16" if place.type == "cuda" else "float32"
             where = locate(path)
             tokenizer = tokenizer or where
+            if config.tensor_parallel > 1:
+                self._replicas = Replicas(where, place, parse_dtype(dtype), config.tensor_parallel)
             with ThreadPoolExecutor(1) as pool:  # a real vocabulary takes as long to read as small weights
                 reading = None if isinstance(tokenizer, Tokenizer) else pool.submit(_read_tokenizer, tokenizer)
-                self.model = load_model(where, device=place, dtype=dtype)
+                if self._replicas is not None:
+                    self.model = self._replicas.load()
+                else:
+                    self.model = load_model(where, device=place, dtype=dtype)
             if reading is not None:
                 tokenizer = reading.result()
         self.tokenizer = tokenizer if isinstance(tokenizer, Tokenizer) else _read_tokenizer(tokenizer)
@@ -107,11 +133,12 @@ class Engine:
                 f"the tokenizer has {self.tokenizer.vocab_size} ids but the model only {shape.vocab_size} rows; "
                 "use the tokenizer that belongs to the model"
             )
-        self.config = self._decided(config or EngineConfig())
+        self.config = self._decided(config)
         self.max_len = self.config.max_len or shape.max_position_embeddings
         self._ends = frozenset((*self.tokenizer.eos_token_ids, *shape.eos_token_ids))
-        self._core, self.num_blocks = self._build()
-        self._loop = EngineLoop(self._core)
+        self._core = self._build()
+        self.num_blocks = self._core.pool.num_blocks
+        self._loop = EngineLoop(self._core, self._replicas)
         self._lock = threading.Lock()
         self._grammars: GrammarCompiler | None = None
         self._mailboxes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Mailbox] = weakref.WeakKeyDictionary()
@@ -124,6 +151,11 @@ class Engine:
         on_gpu = weight.device.type == "cuda"
         if config.deterministic and not on_gpu:
             raise ValueError("deterministic=true needs the GPU's batch-invariant kernels; leave it out on a CPU")
+        if config.deterministic and config.tensor_parallel > 2:
+            raise ValueError(
+                f"deterministic=true with tensor_parallel={config.tensor_parallel}: the order of sums over more than "
+                "two devices depends on the batch; use at most two"
+            )
         if config.max_len is not None and config.max_len > context:
             raise ValueError(
                 f"max_len is {config.max_len}, but the model's context has {context} tokens; give at most that"
@@ -137,26 +169,13 @@ class Engine:
             decode_steps=config.decode_steps or (8 if on_gpu else 1),
         )
 
-    def _build(self) -> tuple[Core, int]:
-        config, model = self.config, self.model
-        weight = model.model.embed_tokens.weight
-        device, dtype = weight.device, model.model.compute_dtype or weight.dtype
-        max_seqs, max_step_tokens, size = config.max_seqs, config.max_step_tokens, config.block_size
-        assert max_seqs is not None
-        assert max_step_tokens is not None
-        runner = Runner(model, config, self.tokenizer.vocab_size, max_seqs, -(-self.max_len // size))
-        shape = cache_shape(model.config, config, dtype)
-        with torch.inference_mode():
-            num_blocks = num_blocks_that_fit(
-                [shape], config, max_seqs * self.max_len, device, lambda: runner.rehearse(max_step_tokens)
-            )
-            runner.caches = shape.allocate(num_blocks, device)
-        log.info(
-            "cache of %d tokens (%.2f GiB), up to %d sequences of %d tokens",
-            (num_blocks - 1) * size, num_blocks * shape.block_bytes / 2**30, max_seqs, self.max_len,
-        )  # fmt: skip
-        pool = BlockPool(num_blocks, size, caching=config.prefix_caching)
-        return Core(runner, pool, config, max_seqs, max_step_tokens), num_blocks
+    def _build(self) -> Core:
+        if self._replicas is None:
+            return build_core(self.model, self.tokenizer, self.config)
+        self._replicas.join(self.model, self.config, self.tokenizer)
+        core = build_core(self.model, self.tokenizer, self.config, self._replicas.agree)
+        self._replicas.follow(core)
+        return core
 
     # --------------------------------------------------------------------------------------------------- generating
     def generate(
@@ -225,6 +244,7 @@ class Engine:
     async def astream(self, prompt: Seq[int], params: SamplingParams) -> AsyncGenerator[Chunk]:
         """`stream` for asyncio. Leaving the loop early (break, cancellation) gives the answer up and frees its cache.
 
+        Pieces that gather while the reader is busy come as one, so that a reader who is behind can catch up.
         After a break, close the generator (`contextlib.aclosing`): Python does so only some time later by itself.
         """
         chunks: asyncio.Queue[Chunk | BaseException] = asyncio.Queue()
@@ -236,11 +256,19 @@ class Engine:
         sequence.on_failure = put
         self._loop.start([sequence])
         try:
-            while not isinstance(item := await chunks.get(), BaseException):
-                yield item
-                if item.completion is not None:
+            while True:
+                pieces, item = list[Chunk](), await chunks.get()
+                while not isinstance(item, BaseException):
+                    pieces.append(item)
+                    if chunks.empty():
+                        break
+                    item = chunks.get_nowait()
+                if pieces:
+                    yield joined(pieces)
+                if isinstance(item, BaseException):
+                    _raise(item)
+                elif item.completion is not None:
                     return
-            _raise(item)
         finally:
             self._loop.give_up([sequence])
 
@@ -255,6 +283,11 @@ class Engine:
         """The prompt as a list. Raises ValueError for what cannot be served: empty, too long, unknown ids."""
         if isinstance(prompt, str):
             raise ValueError("the prompt is a string; give token ids, for example tokenizer.encode(text)")
+        if params.grammar is not None and self._replicas is not None:
+            raise ValueError(
+                "constrained decoding does not work with tensor_parallel yet; leave the grammar (response_format, "
+                "forced tool calls) out, or serve with tensor_parallel=1"
+            )
         ids = [int(token) for token in prompt]
         if not ids:
             raise ValueError("the prompt is empty; give at least one token")
@@ -328,8 +361,8 @@ class Engine:
             prompt_tokens=core.scheduler.num_prompt_tokens,
             cached_prompt_tokens=core.scheduler.num_cached_tokens,
             generated_tokens=core.num_generated,
-            draft_tokens=0,
-            accepted_draft_tokens=0,
+            draft_tokens=core.speculator.num_drafts if core.speculator is not None else 0,
+            accepted_draft_tokens=core.speculator.num_accepted if core.speculator is not None else 0,
         )
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ from collections import deque
 import torch
 
 from qwench.engine.core import Core
+from qwench.engine.replicas import Replicas
 from qwench.engine.sequence import Sequence
 
 log = logging.getLogger("qwench.engine")
@@ -18,8 +19,9 @@ log = logging.getLogger("qwench.engine")
 class EngineLoop:
     """Starts its thread with the first request. All methods may be called from any thread."""
 
-    def __init__(self, core: Core) -> None:
-        self._core = core
+    def __init__(self, core: Core, replicas: Replicas | None = None) -> None:
+        """`replicas`: further devices, which do what `core` does, step by step."""
+        self._core, self._replicas = core, replicas
         self._inbox: deque[tuple[bool, Sequence]] = deque()
         """What callers ask for: (True, a sequence to generate) or (False, one to give up)."""
         self._orders: deque[tuple[bool, Sequence]] = deque()
@@ -29,6 +31,8 @@ class EngineLoop:
         self._closed = False
         self.failure: BaseException | None = None
         """The error that has ended the thread."""
+        if replicas is not None:
+            replicas.on_failure = self._replica_failed
 
     def start(self, sequences: list[Sequence]) -> None:
         """Generate these. Raises RuntimeError when the engine is closed or has failed."""
@@ -65,6 +69,14 @@ class EngineLoop:
             thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join()
+        if self._replicas is not None:
+            self._replicas.close()
+
+    def _replica_failed(self, failure: Exception) -> None:
+        with self._wake:
+            if self._thread is None:
+                self.failure = failure
+            self._wake.notify()
 
     def _run(self) -> None:
         message = "the engine was closed before the answer was complete"
@@ -73,26 +85,37 @@ class EngineLoop:
                 torch.cuda.set_device(self._core.runner.device)
             while self._take_orders():
                 self._core.step()
-        except BaseException as failure:
-            log.exception("the engine's loop has failed")
+                if self._replicas is not None:
+                    self._replicas.stepped()
+        except BaseException as error:
+            failure = error if self._replicas is None else self._replicas.explain(error)
+            log.error("the engine's loop has failed", exc_info=error)
             message = f"the engine has stopped: {type(failure).__name__}: {failure}"
             self.failure = failure
         self._end(message)
+        if self._replicas is not None:
+            self._replicas.close()
 
     def _take_orders(self) -> bool:
         """Wait until there is something to do, and hand over what callers have asked for; False when closed."""
         with self._wake:
-            while not self._inbox and not self._core.has_work and not self._closed:
+            while not self._inbox and not self._core.has_work and not self._closed and not self._replica_is_lost:
                 self._wake.wait()
             self._orders.extend(self._inbox)
             self._inbox.clear()
             if self._closed:
                 return False
+        if self._replicas is not None:
+            self._replicas.send(self._orders)
         while self._orders:
             is_new, sequence = self._orders[0]
             (self._core.add if is_new else self._core.abort)(sequence)
             self._orders.popleft()
         return True
+
+    @property
+    def _replica_is_lost(self) -> bool:
+        return self._replicas is not None and self._replicas.failure is not None
 
     def _end(self, message: str) -> None:
         """Tell everybody who waits, whatever state the failure has left behind."""

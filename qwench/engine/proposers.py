@@ -17,9 +17,12 @@ from torch import Tensor
 from qwench.engine.draw import Mode, draw_at
 from qwench.engine.rows import grid
 from qwench.engine.sequence import Sequence
+from qwench.model.checkpoint import locate
 from qwench.model.decoder import CausalLM
+from qwench.model.load import load_model
 from qwench.ops.attention import AttnMeta, KVCache
 from qwench.ops.sampling import count_
+from qwench.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from qwench.engine.runner import Runner
@@ -64,10 +67,13 @@ class NgramIndex:
             if size >= SHORTEST_MATCH:
                 self._after[size - SHORTEST_MATCH][key] = len(tokens)
 
-    def propose(self, count: int) -> list[int]:
-        """`count` tokens that may come next, or none. A repetition that reaches the text's end goes on in circles."""
+    def propose(self, count: int, shortest: int = SHORTEST_MATCH) -> list[int]:
+        """`count` tokens that may come next, or none. A repetition that reaches the text's end goes on in circles.
+
+        At least the last `shortest` tokens must have occurred before.
+        """
         tokens = self._tokens
-        for size in range(min(LONGEST_MATCH, len(tokens)), SHORTEST_MATCH - 1, -1):
+        for size in range(min(LONGEST_MATCH, len(tokens)), shortest - 1, -1):
             key = 0
             for token in tokens[-size:]:
                 key = key << _TOKEN_BITS | token
@@ -79,6 +85,27 @@ class NgramIndex:
                     found.append(found[len(found) - period])
                 return found
         return []
+
+
+PROBES = ("def f(x):\n    return x + 1\n", "The quick brown fox, 1234567 times.", "今天天气很好。", "🙂 naïve\t\r\n")
+
+
+def load_draft_model(path: str, device: torch.device, dtype: torch.dtype, tokenizer: Tokenizer) -> CausalLM:
+    """The draft model. Raises ValueError when it cannot be loaded or does not share the tokenizer."""
+    where = locate(path)
+    own = Tokenizer.load(where)
+    refusal = "; give a draft model of the same family, or speculate=ngram, which needs none"
+    if own.vocab_size != tokenizer.vocab_size:
+        raise ValueError(
+            f"the draft model's tokenizer has {own.vocab_size} ids, the model's {tokenizer.vocab_size}{refusal}"
+        )
+    for text in PROBES:
+        if own.encode(text) != tokenizer.encode(text):
+            raise ValueError(f"the draft model's tokenizer encodes {text!r} otherwise than the model's{refusal}")
+    model = load_model(where, device=device, dtype=dtype)
+    if model.config.vocab_size < tokenizer.vocab_size:
+        raise ValueError(f"the draft model has {model.config.vocab_size} rows for {own.vocab_size} ids{refusal}")
+    return model
 
 
 class DraftModel:
@@ -95,6 +122,12 @@ class DraftModel:
     def follow(self, tokens_T: Tensor, positions_T: Tensor, meta: AttnMeta) -> None:
         """Store keys and values of the same tokens at the same places."""
         self.model(self._known(tokens_T), positions_T, meta, self.caches)
+
+    def note_decoded(self, sequences: list[Sequence]) -> None:
+        """Sequences whose last token was among those that `follow` read."""
+        for sequence in sequences:
+            if sequence.num_drafted == sequence.num_computed - 1:
+                sequence.num_drafted += 1
 
     def _known(self, tokens: Tensor) -> Tensor:
         """Rows without a token may be fewer than in the large model; a prompt may name one that is not there."""
@@ -123,7 +156,7 @@ class DraftModel:
         for place in range(count):
             positions_T, meta = grid(rows, start_B, width, runner.block_size)
             hidden_TD = self.model(self._known(tokens_T), positions_T, meta, self.caches)
-            logits_BV = self.model.lm_head(hidden_TD[width - 1 :: width])
+            logits_BV = self.model.lm_head(hidden_TD[width - 1 :: width].contiguous())
             tokens_T, _ = draw_at(
                 logits_BV, rows, first, rows.step[first] + place, mode, counts_BV, slots_B, runner.vocab_size
             )

@@ -18,6 +18,7 @@ from torch import Tensor
 from qwench.engine.config import EngineConfig
 from qwench.engine.draw import Extras, Mode, draw
 from qwench.engine.graphs import DecodeGraphs
+from qwench.engine.prompts import LENGTHS, ShortPrompts
 from qwench.engine.rows import RowState
 from qwench.engine.scheduler import Step
 from qwench.engine.sequence import Sequence
@@ -104,6 +105,7 @@ class Runner:
         self.ring_at = torch.zeros(1, dtype=torch.int64, device=self.device)
         self._ring_next = 0
         self.graphs = DecodeGraphs(self) if self.on_gpu and config.cuda_graphs else None
+        self.short_prompts = ShortPrompts(self, self.graphs) if self.graphs is not None else None
 
     # ------------------------------------------------------------------------------------------------------- rows
     def admit(self, sequences: list[Sequence]) -> None:
@@ -140,6 +142,8 @@ class Runner:
     def forward_mixed(self, step: Step) -> Pending:
         """One pass over prompt chunks and single decoding rows, up to the logits of those that can draw."""
         decodes, chunks = step.decodes, step.chunks
+        if (short := self._short_prompt(step)) is not None:
+            return short
         num_decodes = len(decodes)
         sequences = decodes + [s for s, _, _ in chunks]
         starts = [s.num_computed - 1 for s in decodes] + [start for _, start, _ in chunks]
@@ -148,6 +152,7 @@ class Runner:
         hidden_TD = self.model(batch.tokens_T, batch.positions_T, batch.meta, self.caches)
         if self.draft is not None:
             self.draft.follow(batch.tokens_T, batch.positions_T, batch.meta)
+            self.draft.note_decoded(decodes)
         ready = list(range(num_decodes)) + [
             num_decodes + i for i, (s, _, _) in enumerate(chunks) if not s.is_prefilling
         ]
@@ -161,6 +166,18 @@ class Runner:
             positions=[int(starts[i] + counts[i]) for i in ready],
             prompt_logprobs=self._prompt_logprobs(chunks, hidden_TD[num_decodes:]),
         )
+
+    def _short_prompt(self, step: Step) -> Pending | None:
+        """The same for a step that is one short new prompt and nothing else, from a recorded pass."""
+        if self.short_prompts is None or self.draft is not None or step.decodes or len(step.chunks) != 1:
+            return None
+        sequence, start, count = step.chunks[0]
+        if start or sequence.is_prefilling or sequence.params.prompt_logprobs or count > LENGTHS[-1]:
+            return None
+        places, size = torch.arange(count), self.block_size
+        slots = torch.tensor(sequence.blocks)[places // size] * size + places % size
+        logits_1V = self.short_prompts.logits(sequence.known_tokens(), slots)
+        return Pending(logits_1V, [sequence], self.upload(torch.tensor([sequence.slot])), [count], [])
 
     def pack(self, sequences: list[Sequence], starts: list[int], counts: list[int], num_decodes: int) -> Packed:
         """`counts[i]` tokens of sequence i from position `starts[i]` on. The first `num_decodes` have one each, which
@@ -272,8 +289,9 @@ class Runner:
         logits_BV = self.graphs.replay_logits(num_rows) if self.graphs is not None else None
         if logits_BV is None:
             logits_BV = self.decode_logits(num_rows)
-        rows_B = self.upload(torch.tensor([s.slot for s in step.decodes]))
-        if len(step.decodes) < logits_BV.shape[0]:
+        slots = [s.slot for s in step.decodes]
+        rows_B = self.upload(torch.tensor(slots))
+        if slots != list(range(logits_BV.shape[0])):  # rows that moved are no longer in the sequences' order
             logits_BV = logits_BV[rows_B]
         positions = [s.num_computed for s in step.decodes]
         return Pending(logits_BV, step.decodes, rows_B, positions, [])

@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from qwench.engine.blocks import BlockPool
@@ -24,6 +25,8 @@ class Step:
     decodes: list[Sequence] = field(default_factory=list)
     chunks: list[tuple[Sequence, int, int]] = field(default_factory=list)
     num_steps: int = 1
+    drafts: dict[Sequence, int] = field(default_factory=dict)
+    """Of the decodes, those that have drafts to be checked, and how many; only in a step of one, without chunks."""
 
 
 class NeedsDrain(Exception):
@@ -32,12 +35,22 @@ class NeedsDrain(Exception):
 
 class Scheduler:
     def __init__(
-        self, pool: BlockPool, max_seqs: int, max_step_tokens: int, decode_steps: int, *, deterministic: bool = False
+        self,
+        pool: BlockPool,
+        max_seqs: int,
+        max_step_tokens: int,
+        decode_steps: int,
+        *,
+        deterministic: bool = False,
+        draft_model: bool = False,
     ) -> None:
-        """Each of `max_seqs` sequences needs a token of the `max_step_tokens`, so that all of them get on."""
+        """Each of `max_seqs` sequences needs a token of the `max_step_tokens`, so that all of them get on.
+
+        `draft_model`: blocks are shared with a draft model, and can be found again only when both have filled them.
+        """
         assert max_seqs <= max_step_tokens
         self.pool, self.max_seqs, self.max_step_tokens = pool, max_seqs, max_step_tokens
-        self.decode_steps, self.deterministic = decode_steps, deterministic
+        self.decode_steps, self.deterministic, self.draft_model = decode_steps, deterministic, draft_model
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         """In order of admission."""
@@ -54,8 +67,14 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
-    def plan(self, *, in_flight: bool, max_steps: int | None = None) -> Step | None:
-        """The next step, or None when everything is launched already. Raises NeedsDrain, see there."""
+    def plan(
+        self, *, in_flight: bool, max_steps: int | None = None, drafts: Mapping[Sequence, int] | None = None
+    ) -> Step | None:
+        """The next step, or None when everything is launched already. Raises NeedsDrain, see there.
+
+        `drafts`: tokens that sequences would like to have checked in a step of one token. One is counted in the plan;
+        who reads the step counts those that were accepted.
+        """
         step = Step()
         budget = self.max_step_tokens
         reading = any(s.is_prefilling for s in self.running) or bool(self.waiting and self.free_slots)
@@ -84,13 +103,25 @@ class Scheduler:
         for sequence in step.decodes:
             sequence.num_computed += step.num_steps
             sequence.num_launched += step.num_steps
+        if drafts and not step.chunks and step.num_steps == 1:
+            wishes = [(s, self._room(s, drafts[s])) for s in step.decodes if s in drafts]
+            step.drafts = {sequence: count for sequence, count in wishes if count > 0}
         return step if step.decodes or step.chunks else None
+
+    def _room(self, sequence: Sequence, wanted: int) -> int:
+        """For how many drafts behind the next token there are blocks, its own and free ones."""
+        size = self.pool.block_size
+        needed = -(-(sequence.num_computed + wanted) // size) - len(sequence.blocks)
+        if needed > 0:
+            sequence.blocks += self.pool.allocate(needed) or []
+        return min(wanted, len(sequence.blocks) * size - sequence.num_computed)
 
     def _add_chunk(self, step: Step, sequence: Sequence, budget: int) -> int:
         start = sequence.num_computed
         count = min(budget, sequence.num_to_prefill - start)
         step.chunks.append((sequence, start, count))
         sequence.num_computed += count
+        sequence.num_drafted = sequence.num_computed
         if not sequence.is_prefilling:
             sequence.num_launched = sequence.num_kept + 1
         self.name_blocks(sequence)
@@ -101,7 +132,8 @@ class Scheduler:
         if not self.pool.caching:
             return
         known = sequence.prompt if self.deterministic else sequence.known_tokens()
-        num_full = min(sequence.num_computed, len(known)) // self.pool.block_size
+        num_ready = min(sequence.num_computed, sequence.num_drafted) if self.draft_model else sequence.num_computed
+        num_full = min(num_ready, len(known)) // self.pool.block_size
         if num_full <= sequence.num_named:
             return
         hashes = sequence.update_hashes(self.pool.block_size)

@@ -12,6 +12,7 @@ from qwench.types import Chunk, SamplingParams
 
 if TYPE_CHECKING:
     from qwench.engine.grammar import Matcher
+    from qwench.engine.speculate import Drafting
 
 
 class Sequence:
@@ -46,6 +47,10 @@ class Sequence:
         """Full blocks whose prefix the pool knows."""
         self.num_scored = 0
         """Prompt positions whose next token's log-probability is computed or on its way."""
+        self.drafting: Drafting | None = None
+        """How speculative decoding has fared in this answer, once it was tried."""
+        self.num_drafted = 0
+        """Positions with keys in the draft model's cache, where there is one."""
         self.aborted = False
         self.num_to_skip = 0
         """Tokens of the answer that are drawn again after a preemption in deterministic mode, and not handed out."""

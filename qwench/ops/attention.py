@@ -169,12 +169,15 @@ SHORT = 512
 def _short(
     q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, meta: AttnMeta, cache: KVCache | None, window: int | None
 ) -> Tensor:
-    """Training on a CPU with short sequences: plain matrix products on a grid; everything else goes to SDPA.
+    """The CPU's path: plain matrix products on a grid for training with short sequences, `ops.attention_cpu` for
+    decoding steps; everything else goes to SDPA.
 
     torch's CPU kernel is quick forwards, but its backward pass takes several times longer than these products, and a
     call for each of many short samples costs more than padding them to the longest.
     """
     num_tokens, num_seqs = q_THD.shape[0], meta.cu_q.numel() - 1
+    if cache is not None and (decodes := num_seqs if meta.max_q == 1 else meta.num_decodes):
+        return _decode_first(decodes, q_THD, k_TKD, v_TKD, meta, cache, window)
     wasteful = num_seqs * meta.max_q > 4 * num_tokens
     if cache is not None or window is not None or meta.max_q > SHORT or wasteful or not torch.is_grad_enabled():
         return _sdpa(q_THD, k_TKD, v_TKD, meta, cache, window)
@@ -189,6 +192,28 @@ def _short(
     out = _FromGrid.apply(_short_grid(q, k, v, num_seqs), places)
     assert isinstance(out, Tensor)
     return out
+
+
+def _decode_first(
+    decodes: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, meta: AttnMeta, cache: KVCache, window: int | None
+) -> Tensor:
+    """The first `decodes` sequences, of one query each, through `ops.attention_cpu`; the others through SDPA."""
+    from qwench.ops import attention_cpu
+
+    assert meta.lens_k is not None
+    assert meta.block_table is not None
+    out_BHD = attention_cpu.decode(q_THD[:decodes], *cache, meta.lens_k[:decodes], meta.block_table[:decodes], window)
+    if decodes == q_THD.shape[0]:
+        return out_BHD
+    others = AttnMeta(
+        cu_q=meta.cu_q[decodes:] - decodes,
+        max_q=meta.max_q,
+        lens_k=meta.lens_k[decodes:],
+        max_k=meta.max_k,
+        block_table=meta.block_table[decodes:],
+    )
+    rest = _sdpa(q_THD[decodes:], k_TKD[decodes:], v_TKD[decodes:], others, cache, window)
+    return torch.cat((out_BHD, rest))
 
 
 def _short_grid(q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, num_seqs: int) -> Tensor:

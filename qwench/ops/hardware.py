@@ -38,6 +38,18 @@ def bf16_is_native(device: torch.device) -> bool:
     return matmul_flops("cpu", torch.bfloat16) > 1.5 * matmul_flops("cpu", torch.float32)
 
 
+FEATURES = ("avx2", "avx512_f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16")
+"""Instructions of x86 processors that decide how fast matrix products are."""
+
+
+@functools.cache
+def cpu_features() -> tuple[str, ...]:
+    """Those of `FEATURES` that this processor and torch's detection of it have; empty on other architectures."""
+    detect = getattr(torch.cpu, "get_capabilities", None)
+    found = detect() if detect is not None else {}
+    return tuple(name for name in FEATURES if found.get(name))
+
+
 @functools.cache
 def matmul_flops(device: str, dtype: torch.dtype) -> float:
     """Measured rate of a square matrix product in FLOP/s: the best of several, as it is a ceiling."""

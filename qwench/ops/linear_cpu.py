@@ -11,11 +11,11 @@ Shape suffixes: T tokens, K inputs, N outputs.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from qwench.ops.hardware import cpu_features
 
 MOST_BF16 = 64
 """Most bf16 tokens for which the weight is the left operand."""
@@ -46,10 +46,9 @@ def _gains(dtype: torch.dtype, num_tokens: int) -> bool:
     return dtype == torch.float32 and FEWEST_FP32 <= num_tokens <= MOST_FP32 and _has_bf16_instructions()
 
 
-@functools.cache
 def _has_bf16_instructions() -> bool:
-    """Where these calls were measured faster. With AVX2 alone the bf16 matrix-vector product takes several times longer."""
-    return bool(torch.cpu._is_avx512_bf16_supported())
+    """Where these calls were measured faster; with AVX2 alone the bf16 matrix-vector product is far slower."""
+    return "avx512_bf16" in cpu_features()
 
 
 def _recorded(*tensors: Tensor | None) -> bool:

@@ -32,6 +32,7 @@ from qwench.serve.streaming import (
     EventStream,
     Job,
     LogprobQueue,
+    TextEvents,
     TokenLogprob,
     Usage,
     complete,
@@ -137,11 +138,16 @@ async def _events(
     if with_usage:
         head = head | {"usage": None}
     choices = [_Choice(tokenizer, index, with_tools, bool(request.logprobs)) for index in range(len(jobs))]
+    plain = [TextEvents(head | {"choices": [choice.body({"content": TextEvents.HERE})]}) for choice in choices]
     for choice in choices:
         yield sse(head | {"choices": [choice.body({"role": "assistant", "content": "", "refusal": None})]})
     async with aclosing(run(service, jobs, life)) as chunks:
         async for index, chunk in chunks:
             choice = choices[index]
+            if choice.writes_text_only and chunk.completion is None:
+                if chunk.text:
+                    yield plain[index](chunk.text)
+                continue
             if choice.queue is not None:
                 choice.queue.push(chunk.token_ids, chunk.logprobs, chunk.top_logprobs)
             for delta in choice.deltas(chunk.text, last=chunk.completion is not None):
@@ -160,6 +166,7 @@ class _Choice:
         self.tokenizer, self.index = tokenizer, index
         self.tools = ToolCallStream(tokenizer) if with_tools else None
         self.queue = LogprobQueue(tokenizer) if with_logprobs else None
+        self.writes_text_only = not with_tools and not with_logprobs
         self.called = False
         self._tokens: list[TokenLogprob] = []
 

@@ -83,12 +83,15 @@ def open_engine(args: argparse.Namespace) -> Engine:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="qwench serve",
-        description=__doc__,
-        epilog="The routes, fields and limits are described in docs/serving.md.",
+        description="Answer OpenAI's HTTP API with a model, and show a chat page at the same address.",
+        epilog="docs/serving.md describes routes, fields and limits, qwench/engine/config.py the engine's settings.",
     )
     parser.add_argument("model", metavar="MODEL", help="Hugging Face directory or hub id, GGUF file, or qwench run")
     parser.add_argument(
-        "settings", metavar="key=value", nargs="*", help="settings of the engine, for example max_seqs=64"
+        "settings",
+        metavar="key=value",
+        nargs="*",
+        help="settings of the engine, for example max_seqs=64 cache_tokens=200000",
     )
     network = parser.add_argument_group("network")
     network.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine only)")
@@ -116,22 +119,40 @@ def _parser() -> argparse.ArgumentParser:
         help="name of the model in requests (default: that of its file or directory); may be given several times",
     )
     limits = parser.add_argument_group("limits")
-    limits.add_argument("--max-concurrent", type=int, default=256, metavar="N", help="answers in the making (256)")
-    limits.add_argument("--max-body-bytes", type=int, default=16 * 2**20, metavar="N", help="of a request (16 MiB)")
-    limits.add_argument("--request-timeout", type=float, default=600, metavar="S", help="seconds for a request (600)")
+    limits.add_argument(
+        "--max-concurrent",
+        type=int,
+        default=256,
+        metavar="N",
+        help="answers in the making at once; more get a 429 (default 256)",
+    )
+    limits.add_argument(
+        "--max-body-bytes", type=int, default=16 * 2**20, metavar="N", help="largest body of a request (default 16 MiB)"
+    )
+    limits.add_argument(
+        "--request-timeout", type=float, default=600, metavar="S", help="seconds that a request may take (default 600)"
+    )
     limits.add_argument(
         "--drain-timeout",
         type=float,
         default=30,
         metavar="S",
-        help="seconds that running requests have at the end (30)",
+        help="seconds that running requests have after SIGTERM or Ctrl-C (default 30)",
     )
     model = parser.add_argument_group("model")
     model.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
-    model.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
+    model.add_argument(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float32", "bfloat16", "float16"],
+        help="numbers of the weights (default: bfloat16 on a GPU, float32 on a CPU)",
+    )
     model.add_argument("--tokenizer", help="tokenizer to use instead of the model's own")
     parser.add_argument(
-        "--log-level", default="info", choices=["debug", "info", "warning", "error"], help="info has a line a request"
+        "--log-level",
+        default="info",
+        choices=["debug", "info", "warning", "error"],
+        help="what to log; info (the default) writes a line for each request",
     )
     return parser
 

@@ -28,6 +28,7 @@ from qwench.serve.streaming import (
     EventStream,
     Job,
     LogprobQueue,
+    TextEvents,
     TokenLogprob,
     Usage,
     complete,
@@ -78,8 +79,14 @@ async def completions(service: Service, request: CompletionRequest, life: Life) 
         logprobs = None
         if request.logprobs is not None:
             logprobs = logprobs_body(engine.tokenizer, of_completion(engine.tokenizer, done), request.logprobs)
-        choices.append({"index": index, "text": done.text, "logprobs": logprobs, "finish_reason": done.finish_reason})
+        choices.append(_choice(index, done.text, logprobs, done.finish_reason))
     return JSONResponse(head | {"choices": choices, "usage": usage.body()})
+
+
+def _choice(
+    index: int, text: str, logprobs: dict[str, Any] | None = None, finish_reason: str | None = None
+) -> dict[str, Any]:
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
 async def _events(
@@ -90,8 +97,13 @@ async def _events(
     if with_usage:
         head = head | {"usage": None}
     queues = [LogprobQueue(tokenizer) for _ in jobs]
+    plain = [TextEvents(head | {"choices": [_choice(index, TextEvents.HERE)]}) for index in range(len(jobs))]
     async with aclosing(run(service, jobs, life)) as chunks:
         async for index, chunk in chunks:
+            if request.logprobs is None and chunk.completion is None:
+                if chunk.text:
+                    yield plain[index](chunk.text)
+                continue
             logprobs = None
             if request.logprobs is not None:
                 queues[index].push(chunk.token_ids, chunk.logprobs, chunk.top_logprobs)
@@ -101,8 +113,7 @@ async def _events(
                 usage.add(index, chunk.completion)
                 finish = chunk.completion.finish_reason
             if chunk.text or finish:
-                choice = {"index": index, "text": chunk.text, "logprobs": logprobs, "finish_reason": finish}
-                yield sse(head | {"choices": [choice]})
+                yield sse(head | {"choices": [_choice(index, chunk.text, logprobs, finish)]})
     if with_usage:
         yield sse(head | {"choices": [], "usage": usage.body()})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from collections import deque
@@ -14,6 +15,7 @@ from typing import Any
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
+from qwench.engine.grammar_source import BusyError
 from qwench.serve.errors import ApiError, server_error, value_error
 from qwench.serve.limits import LIFE, Life, sse
 from qwench.serve.service import Service
@@ -42,20 +44,17 @@ async def run(service: Service, jobs: Sequence[Job], life: Life) -> AsyncGenerat
     Closing the generator gives up what is unfinished. Raises ApiError 503 if the engine itself gave an answer up.
     """
     try:
-        one = len(jobs) == 1
-        source = _single(service, jobs[0], life) if one else _merged(service, jobs, life)
-        async with aclosing(source) as chunks:
-            async for index, chunk in chunks:
-                yield index, chunk
+        if len(jobs) == 1:
+            async with aclosing(_answer(service, jobs[0], life)) as chunks:
+                async for chunk in chunks:
+                    yield 0, chunk
+        else:
+            async with aclosing(_merged(service, jobs, life)) as merged:
+                async for index, chunk in merged:
+                    yield index, chunk
     finally:
         # Before the last bytes of a stream are sent, so that a client that asks again at once finds its place free.
         life.stack.close()
-
-
-async def _single(service: Service, job: Job, life: Life) -> AsyncGenerator[tuple[int, Chunk]]:
-    async with aclosing(_timed(service, job, life)) as chunks:
-        async for chunk in chunks:
-            yield 0, chunk
 
 
 async def _merged(service: Service, jobs: Sequence[Job], life: Life) -> AsyncGenerator[tuple[int, Chunk]]:
@@ -63,7 +62,7 @@ async def _merged(service: Service, jobs: Sequence[Job], life: Life) -> AsyncGen
 
     async def feed(index: int, job: Job) -> None:
         try:
-            async with aclosing(_timed(service, job, life)) as chunks:
+            async with aclosing(_answer(service, job, life)) as chunks:
                 async for chunk in chunks:
                     queue.put_nowait((index, chunk))
         except BaseException as error:
@@ -85,29 +84,23 @@ async def _merged(service: Service, jobs: Sequence[Job], life: Life) -> AsyncGen
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _timed(service: Service, job: Job, life: Life) -> AsyncGenerator[Chunk]:
+async def _answer(service: Service, job: Job, life: Life) -> AsyncGenerator[Chunk]:
     """The chunks of one answer, with their times noted."""
     last: float | None = None
-    async with aclosing(_answer(service, job)) as chunks:
-        async for chunk in chunks:
-            if chunk.completion is not None and chunk.completion.finish_reason == "abort":
-                raise ApiError(503, "the engine gave this answer up; send the request again")
-            now = time.monotonic()
-            if last is None:
-                service.metrics.first_token_seconds.observe(now - life.started)
-            elif chunk.token_ids:
-                service.metrics.inter_token_seconds.observe((now - last) / len(chunk.token_ids))
-            last = now
-            yield chunk
-
-
-async def _answer(service: Service, job: Job) -> AsyncGenerator[Chunk]:
-    chunks = service.engine.astream(job.prompt, job.params)
-    assert isinstance(chunks, AsyncGenerator)  # so it can be closed, which frees the cache
     try:
-        async with aclosing(chunks):
+        async with aclosing(service.engine.astream(job.prompt, job.params)) as chunks:  # closing it frees the cache
             async for chunk in chunks:
+                if chunk.completion is not None and chunk.completion.finish_reason == "abort":
+                    raise ApiError(503, "the engine gave this answer up; send the request again")
+                now = time.monotonic()
+                if last is None:
+                    service.metrics.first_token_seconds.observe(now - life.started)
+                elif chunk.token_ids:
+                    service.metrics.inter_token_seconds.observe((now - last) / len(chunk.token_ids))
+                last = now
                 yield chunk
+    except BusyError as error:
+        raise ApiError(503, str(error), headers={"retry-after": "1"}) from None
     except ValueError as error:
         # The engine's word for a request that cannot go on, such as a grammar that became too expensive on the way.
         raise value_error(str(error)) from None
@@ -121,6 +114,22 @@ async def complete(service: Service, jobs: Sequence[Job], life: Life) -> list[Co
             if chunk.completion is not None:
                 done[index] = chunk.completion
     return [done[index] for index in range(len(jobs))]
+
+
+class TextEvents:
+    """Events that differ in one piece of text only. The rest is written once: it is the greater part, and there is an
+    event for every token."""
+
+    HERE = "\0"
+    """Stands for the text. It cannot be part of a model's name, the only other text from outside."""
+
+    def __init__(self, body: dict[str, Any]) -> None:
+        """`body` has `TextEvents.HERE` where the text belongs."""
+        self._before, mark, self._after = sse(body).partition(json.dumps(self.HERE).encode())
+        assert mark, "no place for the text"
+
+    def __call__(self, text: str) -> bytes:
+        return self._before + json.dumps(text).encode() + self._after
 
 
 class EventStream(Response):

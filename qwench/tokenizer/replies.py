@@ -53,7 +53,7 @@ def _hermes(text: str) -> Message:
             return Message(role="assistant", content=text)
         if not _add(calls, table["name"], table.get("arguments", {})):
             return Message(role="assistant", content=text)
-    outside = [part.strip() for part in _HERMES.sub("\0", text).split("\0")]
+    outside = [part.strip() for part in _HERMES.split(text)[::2]]
     return Message(role="assistant", content="\n".join(filter(None, outside)), tool_calls=tuple(calls))
 
 

@@ -31,7 +31,9 @@ def test_the_product_is_right_to_one_rounding(dtype: torch.dtype, num_tokens: in
     b = torch.randn(130, generator=generator).to(dtype) if bias else None
     y = linear_cpu.product(x, weight, b)
     exact = x.double() @ weight.double().T + (0.0 if b is None else b.double())
-    assert y.dtype == dtype and y.shape == (num_tokens, 130) and y.is_contiguous()
+    assert y.dtype == dtype
+    assert y.shape == (num_tokens, 130)
+    assert y.is_contiguous()
     # One rounding of the result, and fp32 sums whose terms reach about 100.
     eps = {torch.float32: 2.0**-24, torch.bfloat16: BF16_EPS, torch.float16: 2.0**-11}[dtype]
     bound = eps * exact.abs() + 2e-4
@@ -55,7 +57,8 @@ def test_gradients_flow(num_tokens: int) -> None:
     x = torch.randn(num_tokens, 12, requires_grad=True)
     weight = torch.randn(7, 12, requires_grad=True)
     linear_cpu.product(x, weight).sum().backward()
-    assert x.grad is not None and weight.grad is not None
+    assert x.grad is not None
+    assert weight.grad is not None
     torch.testing.assert_close(x.grad, weight.detach().sum(0).expand_as(x))
     torch.testing.assert_close(weight.grad, x.detach().sum(0).expand_as(weight))
 

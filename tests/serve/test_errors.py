@@ -13,6 +13,8 @@ import pytest
 from served import NAME, Running
 
 from qwench.engine import Engine
+from qwench.engine.core import Core
+from qwench.types import SamplingParams
 
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -275,24 +277,52 @@ def test_after_all_this_nothing_is_left_behind(running: Running) -> None:
     assert running.is_idle()
 
 
-def test_an_engine_that_has_stopped(
-    start_server: Callable[..., Running], tiny_model_dir: Path, caplog: pytest.LogCaptureFixture
+def test_an_engine_that_has_failed(
+    start_server: Callable[..., Running],
+    tiny_model_dir: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Clients hear of a failure and nothing of its cause; the health check tells who can start a new process."""
     engine = Engine(tiny_model_dir, "cpu", "float32")
     server = start_server(served=engine)
     assert server.get("/health").status_code == 200
-    engine.close()
+
+    def break_down(*_: Any) -> None:
+        raise MemoryError("the secret cause")
+
+    monkeypatch.setattr(Core, "step", break_down)
     body = {"model": NAME, "messages": MESSAGES}
-    response = server.post(CHAT, body)
-    error = error_of(response, 500)
-    assert error["type"] == "server_error"
-    assert "engine" not in response.text
-    assert response.headers["x-request-id"] in error["message"]
-    assert response.headers["x-request-id"] in caplog.text
-    assert "the engine is closed" in caplog.text, "the log has the cause"
+    responses = [server.post(CHAT, body), server.post(CHAT, body)]  # the one that it fails on, and a later one
     assert server.get("/health").status_code == 503
+    assert server.get("/health").json() == {"status": "failed"}
+    for response in responses:
+        error = error_of(response, 500)
+        assert error["type"] == "server_error"
+        assert "engine" not in response.text
+        assert "secret" not in response.text
+        assert response.headers["x-request-id"] in error["message"]
+        assert response.headers["x-request-id"] in caplog.text
+    assert "the secret cause" in caplog.text, "the log has the cause"
     events = server.post(CHAT, body | {"stream": True}).text.strip().split("\n\n")
     assert json.loads(events[-1].removeprefix("data: "))["error"]["type"] == "server_error"
     assert "engine" not in events[-1]
     assert server.service.slots.in_use == 0
+    engine.close()
+
+
+def test_health_turns_at_once_and_not_with_the_next_request(
+    start_server: Callable[..., Running], tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine fails while nobody of this server's clients waits for an answer."""
+    engine = Engine(tiny_model_dir, "cpu", "float32")
+    server = start_server(served=engine)
+
+    def break_down(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Core, "step", break_down)
+    with pytest.raises(RuntimeError):
+        engine.generate([[1]], SamplingParams(max_tokens=1))
+    assert server.get("/health").status_code == 503
+    engine.close()

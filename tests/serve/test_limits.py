@@ -14,7 +14,7 @@ import pytest
 from served import NAME, PATIENCE_S, Running, wait_until
 
 from qwench.serve.limits import ServeConfig, key_digest
-from qwench.types import SamplingParams
+from qwench.types import Chunk, SamplingParams
 
 CHAT = "/v1/chat/completions"
 MESSAGES: list[Any] = [{"role": "user", "content": "Hi"}]
@@ -215,6 +215,27 @@ def test_others_do_not_notice(running: Running) -> None:
                 connection.close()
     assert text == want
     wait_until(running.is_idle, "the engine to be idle")
+
+
+def test_a_loop_that_is_behind_gets_the_rest_in_one_piece(running: Running) -> None:
+    engine = running.engine
+    prompt, params = engine.tokenizer.render(MESSAGES), SamplingParams(temperature=0, max_tokens=40, top_logprobs=2)
+    want = engine.generate([prompt], params)[0]
+
+    async def read_slowly() -> list[Chunk]:
+        chunks: list[Chunk] = []
+        async for chunk in engine.astream(prompt, params):
+            chunks.append(chunk)
+            wait_until(running.is_idle, "the answer to be complete")  # the loop stands still meanwhile
+        return chunks
+
+    chunks = asyncio.run(read_slowly())
+    assert len(chunks) <= 2
+    assert "".join(chunk.text for chunk in chunks) == want.text
+    assert [token for chunk in chunks for token in chunk.token_ids] == list(want.token_ids)
+    assert [logprob for chunk in chunks for logprob in chunk.logprobs] == pytest.approx(list(want.logprobs), abs=1e-4)
+    assert sum(len(chunk.top_logprobs) for chunk in chunks) == len(want.token_ids)
+    assert chunks[-1].completion is not None
 
 
 # --------------------------------------------------------------------------------------------------------------- time

@@ -210,3 +210,12 @@ def test_malformed_calls_are_content(tokenizers: dict[str, Tokenizer]) -> None:
 def test_an_unknown_chat_format(tiny_tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match="chat template"):
         ToolCallStream(Tokenizer(tiny_tokenizer.vocabulary, chat_format=None, chat_template="?"))
+
+
+def test_a_zero_character_is_text_too(tokenizers: dict[str, Tokenizer]) -> None:
+    text = '\0 a\0b\n<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
+    for constrained in (False, True):
+        content, calls = read(tokenizers["qwen2.5"], [text], constrained=constrained)
+        assert content.rstrip() == "\0 a\0b"
+        assert calls == [("f", "{}")]
+    assert parse_assistant(text, "qwen2.5").content == "\0 a\0b"

@@ -47,12 +47,11 @@ def test_figures_of_an_answer_are_the_servers(chat: ChatPage, page_server: PageS
     assert answer["stats"]["prompt"] == prompt
     assert answer["stats"]["out"] == len(service.engine.tokenizer.encode("A tiny model.")) + 1
     assert 0 < answer["stats"]["first_s"] <= answer["stats"]["total_s"]
-    for part in (
-        f"first token {answer['stats']['first_s']:.2f} s",
-        f"{answer['stats']['out']} tokens",
-        f"prompt {prompt}",
-    ):
-        assert part in stats
+    first = re.search(r"first token ([\d.]+) s", stats)
+    assert first is not None
+    assert float(first[1]) == pytest.approx(answer["stats"]["first_s"], abs=0.006)
+    assert f"{answer['stats']['out']} tokens" in stats
+    assert f"prompt {prompt}" in stats
 
 
 def test_the_model_sees_the_whole_conversation(chat: ChatPage) -> None:

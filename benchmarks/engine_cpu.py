@@ -1,0 +1,217 @@
+"""Serving on the CPU: the engine beside transformers and llama.cpp, in turns, in one run.
+
+    python benchmarks/engine_cpu.py MODEL_DIRECTORY --dtype bfloat16 \
+        [--node-modules DIR --gguf FILE.gguf [--gguf FILE2.gguf]] [--rounds 5]
+
+MODEL_DIRECTORY is in Hugging Face's format (`qwench convert` writes it from a GGUF file). llama.cpp is measured through
+node-llama-cpp on each GGUF file given. Workloads: 1, 4 and 8 prompts of 64 tokens answered with 128 at a time (greedy,
+prompt included in the time), 8 prompts of 960 answered with 32, and one prompt of 512 tokens read. Each contestant
+runs once a round; what other processes took of the processor meanwhile is noted, and the figure is the median of the
+quieter half of the rounds. Prints the roofline of one stream: the rate of reading memory over the bytes of a token.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+import argparse
+import json
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from generate_cpu import memory_rate
+from results import write_result
+from transformers import AutoModelForCausalLM
+
+from qwench import Engine, SamplingParams
+from qwench.engine.config import EngineConfig
+from qwench.ops.hardware import cpu_features
+
+Answers = list[list[int]]
+Contestant = Callable[[Answers, int], Answers]
+
+
+@dataclass(frozen=True)
+class Workload:
+    name: str
+    num_prompts: int
+    prompt_tokens: int
+    new_tokens: int
+
+    @property
+    def counted(self) -> int:
+        """Tokens that the rate counts: the new ones, or the prompt's where there is but one new."""
+        return self.num_prompts * (self.new_tokens if self.new_tokens > 1 else self.prompt_tokens)
+
+
+WORKLOADS = (
+    Workload("1 stream", 1, 64, 128),
+    Workload("4 streams", 4, 64, 128),
+    Workload("8 streams", 8, 64, 128),
+    Workload("8 streams, 960-token prompts", 8, 960, 32),
+    Workload("prompt of 512", 1, 512, 1),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    seconds: float
+    others: float
+    """Cores that other processes used meanwhile, on average."""
+
+
+def _busy_s(pids: list[int]) -> tuple[float, float]:
+    """Processor seconds of the machine, and of the given processes, since they started."""
+    tick = os.sysconf("SC_CLK_TCK")
+    fields = [int(x) for x in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
+    busy = sum(fields[:8]) - fields[3] - fields[4]
+    own = 0
+    for pid in pids:
+        stat = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        own += int(stat[11]) + int(stat[12])
+    return busy / tick, own / tick
+
+
+class LlamaCpp:
+    """One process of `llama_cpp.mjs`."""
+
+    def __init__(self, packages: Path, gguf: Path) -> None:
+        script = Path(__file__).with_name("llama_cpp.mjs")
+        command = ["node", script, packages, gguf, torch.get_num_threads(), 8, 1024]
+        self.process = subprocess.Popen(
+            [str(part) for part in command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.system = str(self._line()["system"])
+
+    def _line(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit("llama.cpp ended early; see its message above")
+        return json.loads(line)
+
+    def __call__(self, prompts: Answers, new_tokens: int) -> Answers:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"prompts": prompts, "new_tokens": new_tokens}) + "\n")
+        self.process.stdin.flush()
+        return self._line()["tokens"]
+
+
+def _engine(path: Path, dtype: str) -> tuple[Contestant, Engine]:
+    settings = EngineConfig(prefix_caching=False, cache_tokens=16384, max_len=2048, max_seqs=8)
+    engine = Engine(path, device="cpu", dtype=dtype, config=settings)
+
+    def generate(prompts: Answers, new_tokens: int) -> Answers:
+        params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
+        return [completion.token_ids for completion in engine.generate(prompts, params)]
+
+    return generate, engine
+
+
+def _transformers(path: Path, dtype: str) -> Contestant:
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+
+    def generate(prompts: Answers, new_tokens: int) -> Answers:
+        ids = torch.tensor(prompts)
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, min_new_tokens=new_tokens,
+            do_sample=False, temperature=None, top_p=None, top_k=None, repetition_penalty=1.0,
+        )  # fmt: skip
+        return out[:, ids.shape[1] :].tolist()
+
+    return generate
+
+
+def _figure(runs: list[Run], workload: Workload) -> dict[str, float]:
+    quiet = sorted(runs, key=lambda run: run.others)[: (len(runs) + 1) // 2]
+    return {
+        "tokens_per_s": workload.counted / statistics.median(run.seconds for run in quiet),
+        "best": workload.counted / min(run.seconds for run in runs),
+        "others_cores": max(run.others for run in quiet),
+        "runs": len(runs),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16"))
+    parser.add_argument("--node-modules", type=Path, help="folder that holds node-llama-cpp")
+    parser.add_argument("--gguf", type=Path, action="append", default=[], help="file for llama.cpp, any number")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    if options.gguf and options.node_modules is None:
+        parser.error("--gguf needs --node-modules, the folder that holds node-llama-cpp")
+
+    features = cpu_features()
+    print(f"{torch.get_num_threads()} threads, {', '.join(features)}")
+    rate = memory_rate()
+    ours, engine = _engine(options.model, options.dtype)
+    contestants: dict[str, Contestant] = {"qwench": ours, "transformers": _transformers(options.model, options.dtype)}
+    pids = [os.getpid()]
+    for gguf in options.gguf:
+        llama = LlamaCpp(options.node_modules, gguf)
+        pids.append(llama.process.pid)
+        contestants[f"llama.cpp {gguf.stem}"] = llama
+
+    # Any real text will do; the same ids for everybody.
+    text = (Path(__file__).parents[1] / "docs" / "decisions.md").read_text(encoding="utf-8")
+    ids = engine.tokenizer.encode(text)
+    figures: dict[str, Any] = {}
+    for workload in WORKLOADS:
+        size = workload.prompt_tokens
+        stream = ids * (1 + workload.num_prompts * size // len(ids))
+        prompts = [stream[i * size : (i + 1) * size] for i in range(workload.num_prompts)]
+        runs: dict[str, list[Run]] = {name: [] for name in contestants}
+        answers: dict[str, Answers] = {}
+        for warm in range(-1, options.rounds):
+            for name, generate in contestants.items():
+                new_tokens = workload.new_tokens if warm >= 0 else min(2, workload.new_tokens)
+                busy, own = _busy_s(pids)
+                started = time.perf_counter()
+                answers[name] = generate(prompts, new_tokens)
+                seconds = time.perf_counter() - started
+                busy_after, own_after = _busy_s(pids)
+                if warm >= 0:
+                    others = max(0.0, (busy_after - busy) - (own_after - own)) / seconds
+                    runs[name].append(Run(seconds, others))
+        print(workload.name)
+        figures[workload.name] = {}
+        for name in contestants:
+            figure = figures[workload.name][name] = _figure(runs[name], workload)
+            same = sum(a == b for a, b in zip(answers[name], answers["qwench"], strict=True))
+            figure["answers_equal_to_qwench"] = same
+            print(
+                f"  {name:40} {figure['tokens_per_s']:8.2f} tokens/s  best {figure['best']:8.2f}"
+                f"  others {figure['others_cores']:.2f} cores  {same}/{len(prompts)} answers equal",
+                flush=True,
+            )
+    weights = sum(p.numel() * p.element_size() for p in engine.model.parameters())
+    embedding = engine.model.model.embed_tokens.weight
+    tied = engine.model.config.tie_word_embeddings
+    read = weights if tied else weights - embedding.numel() * embedding.element_size()
+    print(f"roofline of one stream {rate / read:.2f} tokens/s ({read / 1e9:.2f} GB a token at {rate / 1e9:.1f} GB/s)")
+    write_result(
+        f"engine_cpu_{options.dtype}",
+        {
+            "workloads": figures,
+            "roofline_1_stream": rate / read,
+            "memory_gb_per_s": rate / 1e9,
+            "cpu_features": features,
+            "threads": torch.get_num_threads(),
+            "load_average": os.getloadavg()[1],
+        },
+    )
+    engine.close()
+
+
+if __name__ == "__main__":
+    main()
