@@ -80,6 +80,17 @@ def _busy_s(pids: list[int]) -> tuple[float, float]:
     return busy / tick, own / tick
 
 
+def _wait_for_quiet(pids: list[int], patience: float) -> None:
+    """Return when other processes have left the processor alone for half a second, or after `patience` seconds."""
+    give_up = time.perf_counter() + patience
+    while time.perf_counter() < give_up:
+        before, own_before = _busy_s(pids)
+        time.sleep(0.5)
+        after, own_after = _busy_s(pids)
+        if (after - before) - (own_after - own_before) < 0.05:
+            return
+
+
 class LlamaCpp:
     """One process of `llama_cpp.mjs`."""
 
@@ -117,7 +128,7 @@ def _engine(path: Path, dtype: str) -> tuple[Contestant, Engine]:
 
 
 def _transformers(path: Path, dtype: str) -> Contestant:
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype))
 
     def generate(prompts: Answers, new_tokens: int) -> Answers:
         ids = torch.tensor(prompts)
@@ -147,6 +158,7 @@ def main() -> None:
     parser.add_argument("--node-modules", type=Path, help="folder that holds node-llama-cpp")
     parser.add_argument("--gguf", type=Path, action="append", default=[], help="file for llama.cpp, any number")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--patience", type=float, default=20, help="seconds to wait for a quiet machine before a run")
     options = parser.parse_args()
     if options.gguf and options.node_modules is None:
         parser.error("--gguf needs --node-modules, the folder that holds node-llama-cpp")
@@ -175,6 +187,7 @@ def main() -> None:
         for warm in range(-1, options.rounds):
             for name, generate in contestants.items():
                 new_tokens = workload.new_tokens if warm >= 0 else min(2, workload.new_tokens)
+                _wait_for_quiet(pids, options.patience)
                 busy, own = _busy_s(pids)
                 started = time.perf_counter()
                 answers[name] = generate(prompts, new_tokens)

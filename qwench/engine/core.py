@@ -95,9 +95,9 @@ class Core:
     def _max_steps(self, drafts: dict[Sequence, int] | None) -> int | None:
         if drafts or any(s.needs_host for s in self.scheduler.running):
             return 1
-        return (
-            self.config.decode_steps if drafts is None or self.speculator is None else self.speculator.max_plain_steps
-        )
+        if drafts is not None and self.speculator is not None:
+            return self.speculator.max_plain_steps
+        return self.config.decode_steps
 
     def _drain(self) -> None:
         if self._flight is not None:

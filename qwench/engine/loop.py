@@ -89,7 +89,7 @@ class EngineLoop:
                     self._replicas.stepped()
         except BaseException as error:
             failure = error if self._replicas is None else self._replicas.explain(error)
-            log.error("the engine's loop has failed", exc_info=error)
+            log.error("the engine's loop has failed: %s", failure, exc_info=error if failure is error else None)
             message = f"the engine has stopped: {type(failure).__name__}: {failure}"
             self.failure = failure
         self._end(message)

@@ -273,8 +273,11 @@ class Replicas:
                 if not self._listen(rank, pipes[rank]):
                     del pipes[rank]  # the end of its process is about to be noticed
             for rank in [rank for end, rank in ends.items() if end in ready]:
+                if self._closed:
+                    return
                 if rank in pipes:
                     self._listen(rank, pipes[rank])  # its last words
+                self._processes[rank - 1].join()
                 code = self._processes[rank - 1].exitcode
                 self._fail(RuntimeError(f"the process of device {rank} has ended (exit code {code})"))
             began = self._began

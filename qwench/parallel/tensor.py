@@ -84,10 +84,11 @@ def connect(rank: int, world: int, store: Path, timeout_s: float, device: torch.
             group.sum_(torch.ones(1, device=device))  # the communicator is made by its first use, not while recording
             torch.cuda.synchronize(device)
     else:
-        options = dist.ProcessGroupGloo.Options()
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
+        gloo: Any = dist.ProcessGroupGloo  # torch's stubs lack its options
+        options = gloo._Options()
+        options._devices = [gloo.create_device(hostname="127.0.0.1")]
         options._timeout = patience
-        group = Group(dist.ProcessGroupGloo(meeting, rank, world, options), device)
+        group = Group(gloo(meeting, rank, world, options), device)
         group.sum_(torch.ones(1))
     return group
 

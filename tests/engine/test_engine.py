@@ -25,10 +25,11 @@ from qwench.engine import Engine, EngineConfig
 from qwench.engine.chat import Chat
 from qwench.engine.grammar import Matcher
 from qwench.engine.naive import NaiveGenerator
+from qwench.evals.ask import ask
 from qwench.model.config import ModelConfig
 from qwench.model.decoder import CausalLM
 from qwench.tokenizer import Tokenizer
-from qwench.types import Completion, Grammar, SamplingParams
+from qwench.types import Completion, Grammar, Message, SamplingParams
 
 CONTEXT = 96
 ASSETS = Path(os.environ.get("QWENCH_ASSETS", Path.home() / ".cache" / "qwench-assets"))
@@ -307,6 +308,14 @@ def test_ctrl_c_in_a_chat_frees_the_cache(parrot: Path, dialogues) -> None:
         assert_idle(engine)
 
 
+def test_questions_of_the_evaluations(parrot: Path, dialogues) -> None:
+    """`evals.ask` takes an engine as it is, and keeps the order."""
+    with Engine(parrot, device="cpu", config=EngineConfig(max_seqs=2)) as engine:
+        conversations = [[Message(role="user", content=question)] for question, _ in dialogues]
+        answers = ask(engine, engine.tokenizer, conversations, SamplingParams(temperature=0))
+        assert [(one.question, one.completion.text) for one in answers] == dialogues
+
+
 # --------------------------------------------------------------------------------------------------- end and failure
 def test_close(open_engine, long_model, prompt) -> None:
     """Who waits is told so; what comes later is refused; closing again does no harm."""
@@ -325,9 +334,9 @@ def test_close(open_engine, long_model, prompt) -> None:
     engine.close()
     assert engine.failure is None
     assert_idle(engine)
-    for ask in (lambda: engine.generate([prompt], params()), lambda: engine.stream(prompt, params())):
+    for request in (lambda: engine.generate([prompt], params()), lambda: engine.stream(prompt, params())):
         with pytest.raises(RuntimeError, match="the engine is closed; start a new one"):
-            ask()
+            request()
 
 
 def test_close_while_requests_come_in(open_engine, long_model, prompt) -> None:
