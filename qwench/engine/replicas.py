@@ -26,7 +26,7 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
@@ -170,16 +170,15 @@ class Replicas:
         self._processes: list[SpawnProcess] = []
         self._pipes: list[Connection] = []
         try:
-            with _interrupts_blocked():
-                for rank in range(1, world):
-                    mine, theirs = cast("tuple[Connection, Connection]", context.Pipe())
-                    process = context.Process(
-                        target=_follow, args=(self._plan, rank, theirs), name=f"qwench-rank-{rank}", daemon=True
-                    )
-                    process.start()
-                    theirs.close()
-                    self._processes.append(process)
-                    self._pipes.append(mine)
+            for rank in range(1, world):
+                mine, theirs = cast("tuple[Connection, Connection]", context.Pipe())
+                process = context.Process(
+                    target=_follow, args=(self._plan, rank, theirs), name=f"qwench-rank-{rank}", daemon=True
+                )
+                process.start()
+                theirs.close()
+                self._processes.append(process)
+                self._pipes.append(mine)
             self._watcher = threading.Thread(target=self._watch, name="qwench-ranks", daemon=True)
             self._watcher.start()
         except BaseException:
@@ -350,19 +349,10 @@ def _check_devices(device: torch.device, world: int) -> None:
             raise ValueError(f"tensor_parallel is {world}, but this machine has {found} CUDA devices")
 
 
-@contextlib.contextmanager
-def _interrupts_blocked() -> Iterator[None]:
-    """Processes started meanwhile never see Ctrl-C, which the terminal sends to all: rank 0 ends them."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 # --------------------------------------------------------------------------------------------------------- other ranks
 def _follow(plan: Plan, rank: int, pipe: Connection) -> None:
     """The main function of a process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends Ctrl-C to all, and rank 0 ends the others
     threading.Thread(target=_end_with_parent, daemon=True).start()
     code = 1
     try:

@@ -61,9 +61,7 @@ class Attention(nn.Module):
         self.qkv_proj = Linear(config.hidden_size, width, bias=config.qkv_bias)
         self.o_proj = Linear(config.num_attention_heads * self.head_size, config.hidden_size, bias=False)
 
-    def forward(
-        self, x_TD: Tensor, norm: RMSNorm, rope: Rope, meta: AttnMeta, cache: KVCache | None = None
-    ) -> Tensor:
+    def forward(self, x_TD: Tensor, norm: RMSNorm, rope: Rope, meta: AttnMeta, cache: KVCache | None = None) -> Tensor:
         heads_THD = self.qkv_proj(x_TD, norm=norm).unflatten(-1, (-1, self.head_size))
         q_THD, k_TKD, v_TKD = heads_THD.split(self.heads, 1)
         out_THD = attention(q_THD, k_TKD, v_TKD, meta, cache, self.window, rope)

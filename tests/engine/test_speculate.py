@@ -268,7 +268,7 @@ def test_the_draft_models_cache_follows_everything(open_engine, oracle, prompts)
     Prompts in chunks; answers written while too many run to speculate; then a second turn whose beginning, the
     answers included, comes from the prefix cache.
     """
-    params = dataclasses.replace(GREEDY, max_tokens=24)
+    params = SamplingParams(temperature=1.0, seed=8, max_tokens=24, ignore_eos=True)
     with open_engine("same", speculate_max_seqs=1, max_step_tokens=9, max_seqs=4) as engine:
         both = [prompts[0] * 3, prompts[2] * 2]
         unequal = [params, dataclasses.replace(params, max_tokens=50)]  # the second one goes on alone
