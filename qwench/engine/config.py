@@ -34,8 +34,6 @@ class EngineConfig:
     """Decoding steps launched between two looks of the host, at most; short steps profit. 8 on a GPU, 1 on a CPU."""
     overlap: bool = True
     """Launch the next step before the tokens of the last one are read."""
-    compile: bool = False
-    """Compile the model's blocks for prefill with torch.compile: about a minute at start."""
     deterministic: bool = False
     """Batch-invariant kernels: an answer does not depend on what else is served. Costs speed; GPU only."""
     speculate: Literal["off", "ngram", "draft"] = "off"
