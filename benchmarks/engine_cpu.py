@@ -20,6 +20,7 @@ import argparse
 import json
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -196,6 +197,7 @@ def main() -> None:
                 if warm >= 0:
                     others = max(0.0, (busy_after - busy) - (own_after - own)) / seconds
                     runs[name].append(Run(seconds, others))
+                    print(f"    {name}: {seconds:.2f} s, others {others:.2f} cores", file=sys.stderr, flush=True)
         print(workload.name)
         figures[workload.name] = {}
         for name in contestants:

@@ -283,11 +283,6 @@ class Engine:
         """The prompt as a list. Raises ValueError for what cannot be served: empty, too long, unknown ids."""
         if isinstance(prompt, str):
             raise ValueError("the prompt is a string; give token ids, for example tokenizer.encode(text)")
-        if params.grammar is not None and self._replicas is not None:
-            raise ValueError(
-                "constrained decoding does not work with tensor_parallel yet; leave the grammar (response_format, "
-                "forced tool calls) out, or serve with tensor_parallel=1"
-            )
         ids = [int(token) for token in prompt]
         if not ids:
             raise ValueError("the prompt is empty; give at least one token")
@@ -330,6 +325,8 @@ class Engine:
         sequence = Sequence(ids, params, seed, answer, sink)
         if params.grammar is not None:
             sequence.matcher = self.grammars.compile(params.grammar)
+            if self._replicas is not None:
+                sequence.matcher = self._replicas.lead(sequence.matcher)
         return sequence
 
     @property

@@ -6,8 +6,8 @@ to the same decisions without exchanging them. Rank 0 lives in the caller's proc
 others what callers have asked for since the last one (`Add`, `Abort`), with a checksum of the tokens drawn so far,
 which a rank that has come to other tokens notices.
 
-Nothing that a step decides may therefore depend on the clock or on what a process happens to hold. Compiling and
-running grammars does (their cost is bounded by time), so engines of several ranks refuse them.
+Nothing that a step decides may therefore depend on the clock or on what a process happens to hold. Grammars do, as
+their cost is bounded by time: rank 0 runs them for all (`shared_matcher.py`).
 
 Not here: how parameters split (`qwench.parallel`), steps (`core.py`), the thread that runs them (`loop.py`).
 """
@@ -31,7 +31,7 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -41,12 +41,16 @@ from qwench.engine.config import EngineConfig
 from qwench.engine.core import Core
 from qwench.engine.runner import Flight
 from qwench.engine.sequence import Sequence
+from qwench.engine.shared_matcher import HeardMatcher, LedMatcher, Outcome
 from qwench.model.checkpoint import read_config
 from qwench.model.decoder import CausalLM
 from qwench.parallel.plan import check
 from qwench.parallel.tensor import Group, connect, join_group, load_shard
 from qwench.tokenizer import Tokenizer
 from qwench.types import SamplingParams
+
+if TYPE_CHECKING:
+    from qwench.engine.grammar import Matcher
 
 log = logging.getLogger("qwench.engine")
 
@@ -232,6 +236,10 @@ class Replicas:
         self._began = time.monotonic()
         self._send(Orders(acts, self._checksum.value))
 
+    def lead(self, matcher: Matcher) -> Matcher:
+        """The matcher, whose outcomes the other ranks will hear while they run the same steps."""
+        return cast("Matcher", LedMatcher(matcher, self._send))
+
     def stepped(self) -> None:
         self._began = None
 
@@ -353,7 +361,7 @@ def _check_devices(device: torch.device, world: int) -> None:
 def _follow(plan: Plan, rank: int, pipe: Connection) -> None:
     """The main function of a process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends Ctrl-C to all, and rank 0 ends the others
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(plan.store.parent,), daemon=True).start()
     code = 1
     try:
         _work(plan, rank, pipe)
@@ -367,11 +375,12 @@ def _follow(plan: Plan, rank: int, pipe: Connection) -> None:
     os._exit(code)  # no destructors: a communicator whose other ranks have gone may wait for ever
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(directory: Path) -> None:
     """Also in the middle of a sum for which rank 0 will never come."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])
+    shutil.rmtree(directory, ignore_errors=True)
     os._exit(1)
 
 
@@ -399,7 +408,7 @@ def _work(plan: Plan, rank: int, pipe: Connection) -> None:
     except ValueError as error:
         pipe.send(Failed(str(error), by_user=True))
         return
-    follower = Follower(core, setup.tokenizer)
+    follower = Follower(core, setup.tokenizer, lambda: heard(Outcome))
     while True:
         follower.step(heard(Orders))
 
@@ -407,8 +416,9 @@ def _work(plan: Plan, rank: int, pipe: Connection) -> None:
 class Follower:
     """A core that does what rank 0 orders."""
 
-    def __init__(self, core: Core, tokenizer: Tokenizer) -> None:
-        self._core, self._tokenizer = core, tokenizer
+    def __init__(self, core: Core, tokenizer: Tokenizer, hear: Callable[[], Outcome]) -> None:
+        """`hear` waits for the next outcome of a grammar."""
+        self._core, self._tokenizer, self._hear = core, tokenizer, hear
         self._sequences: dict[int, Sequence] = {}
         """By number; finished ones until the next order."""
         self._checksum = Checksum()
@@ -426,6 +436,8 @@ class Follower:
             if isinstance(act, Add):
                 answer = Answer(self._tokenizer, act.params, act.ends, act.limit, streaming=False)
                 sequence = self._sequences[act.number] = Sequence(act.prompt, act.params, act.seed, answer, None)
+                if act.params.grammar is not None:
+                    sequence.matcher = cast("Matcher", HeardMatcher(self._hear))
                 self._core.add(sequence)
             elif act.number in self._sequences:
                 self._core.abort(self._sequences[act.number])

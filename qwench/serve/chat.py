@@ -94,7 +94,7 @@ async def _tool_grammar(engine: Engine, request: ChatRequest) -> Grammar | None:
     if isinstance(choice, NamedToolChoice):
         choice = {"type": "function", "function": {"name": choice.function.name}}
     tools, parallel = plain_tools(request.tools), request.parallel_tool_calls is not False
-    return tool_grammar(engine.tokenizer, tools, choice, parallel)
+    return await apart(lambda: tool_grammar(engine.tokenizer, tools, choice, parallel), "tools")
 
 
 # ------------------------------------------------------------------------------------------------------ whole answers

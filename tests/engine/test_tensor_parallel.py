@@ -16,7 +16,9 @@ import pytest
 import torch
 
 from qwench.engine import Engine, EngineConfig, replicas
+from qwench.engine.grammar import GrammarCompiler, Matcher
 from qwench.engine.naive import NaiveGenerator
+from qwench.engine.shared_matcher import Outcome
 from qwench.model.config import ModelConfig
 from qwench.model.decoder import CausalLM
 from qwench.model.load import load_model
@@ -49,7 +51,8 @@ def checkpoint(
 
 @pytest.fixture(scope="module")
 def naive(checkpoint: Path, tiny_tokenizer: Tokenizer) -> NaiveGenerator:
-    return NaiveGenerator(load_model(checkpoint), tiny_tokenizer)
+    model = load_model(checkpoint)
+    return NaiveGenerator(model, tiny_tokenizer, GrammarCompiler(tiny_tokenizer, model.config.vocab_size))
 
 
 def open_engine(checkpoint: Path, **settings: Any) -> Engine:
@@ -150,9 +153,42 @@ def test_streams_and_giving_up(engine: Engine, naive: NaiveGenerator, prompts) -
         assert_same(answer, naive.generate(prompts[1], params(temperature=1.0, seed=10 + i)))
 
 
+SCHEMA = '{"type": "object", "properties": {"a": {"enum": ["x", "yz"]}, "b": {"type": "boolean"}}, "required": ["a"]}'
+
+
+def test_grammars(engine: Engine, naive: NaiveGenerator, prompts, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only rank 0 runs them; one that fails there alone ends its own answer everywhere, and no other one."""
+    requests = [
+        (prompts[2], params(grammar=Grammar(kind="json_schema", value=SCHEMA), max_tokens=60, temperature=1.0, seed=8)),
+        (prompts[0], params(grammar=Grammar(kind="regex", value="[a-c]{2,5}(-[0-9]{3}){2}"), temperature=3.0, seed=9)),
+        (prompts[0], params(grammar=Grammar(kind="regex", value="[ab]*"), min_tokens=9, ignore_eos=False)),
+        (prompts[3], params(temperature=1.0, seed=3)),
+    ]
+    want = [naive.generate(*request) for request in requests]
+    answers = engine.generate([prompt for prompt, _ in requests], [wishes for _, wishes in requests])
+    for answer, expected in zip(answers, want, strict=True):
+        assert_same(answer, expected)
+    fill, fragile = Matcher.fill_mask, Grammar(kind="regex", value="[0-9]{30}")
+
+    def failing(self: Matcher, row: Any) -> None:
+        fill(self, row)
+        if self._grammar == fragile and len(self._tokens) == 4:
+            raise ValueError("too expensive on this processor")
+
+    monkeypatch.setattr(Matcher, "fill_mask", failing)
+    beside = [engine.stream(*request) for request in requests]
+    with pytest.raises(ValueError, match="too expensive on this processor"):
+        engine.generate([prompts[1]], params(grammar=fragile, max_tokens=20))
+    for stream, expected in zip(beside, want, strict=True):
+        last = [chunk.completion for chunk in stream][-1]
+        assert last is not None
+        assert_same(last, expected)
+    assert_same(engine.generate([prompts[3]], params(temperature=1.0, seed=3))[0], want[3])
+
+
 def test_what_is_refused(engine: Engine, naive: NaiveGenerator, prompts, checkpoint: Path, tiny_tokenizer) -> None:
-    with pytest.raises(ValueError, match="constrained decoding does not work with tensor_parallel yet"):
-        engine.generate([prompts[0]], params(grammar=Grammar(kind="regex", value="[0-9]")))
+    with pytest.raises(ValueError, match="grammar"):
+        engine.generate([prompts[0]], params(grammar=Grammar(kind="regex", value="(")))
     with pytest.raises(ValueError, match="does not split over 3 devices; these work: 1, 2"):
         Engine(checkpoint, device="cpu", config=EngineConfig(tensor_parallel=3))
     with pytest.raises(ValueError, match="tensor_parallel is 2, but the model is already loaded; give the path"):
@@ -160,12 +196,15 @@ def test_what_is_refused(engine: Engine, naive: NaiveGenerator, prompts, checkpo
 
 
 def test_speculation(checkpoint: Path, naive: NaiveGenerator, prompts) -> None:
-    """Drafts from repetitions are the same everywhere; then closing leaves no process behind."""
+    """Drafts from repetitions are the same everywhere, also under a grammar; closing leaves no process behind."""
     with open_engine(checkpoint, speculate="ngram") as engine:
         pids = processes(engine)
         prompt = prompts[0] * 3
         assert_same(engine.generate([prompt], params(max_tokens=40))[0], naive.generate(prompt, params(max_tokens=40)))
-        assert engine.stats().draft_tokens > 0
+        assert (drafted := engine.stats().draft_tokens) > 0
+        digits = params(grammar=Grammar(kind="regex", value="(12)*[0-9]{12}"), max_tokens=30)
+        assert_same(engine.generate([prompt], digits)[0], naive.generate(prompt, digits))
+        assert engine.stats().draft_tokens > drafted
     assert not any(map(is_alive, pids))
     assert engine.failure is None
 
@@ -201,7 +240,7 @@ def test_a_process_that_hangs(checkpoint: Path, prompts, monkeypatch: pytest.Mon
 def test_a_process_that_draws_other_tokens(checkpoint: Path, prompts, tiny_tokenizer: Tokenizer) -> None:
     """A follower in this process: with rank 0's checksum it goes on, with another it stops before the step."""
     with Engine(checkpoint, device="cpu") as engine:
-        follower = replicas.Follower(engine._core, tiny_tokenizer)
+        follower = replicas.Follower(engine._core, tiny_tokenizer, Outcome)
         add = replicas.Add(1, prompts[0], params(), seed=3, ends=frozenset(), limit=14)
         follower.step(replicas.Orders([add], checksum=0))
         drawn = follower._sequences[1].outputs

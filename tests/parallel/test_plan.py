@@ -1,4 +1,4 @@
-"""Every parameter of every published size splits by the plan and comes together again; sizes that do not are refused."""
+"""Every parameter of every published size splits by the plan and comes together again; other sizes are refused."""
 
 from __future__ import annotations
 
