@@ -2,7 +2,8 @@
 //
 // PACKAGES is a node_modules folder with node-llama-cpp, which brings llama.cpp's own binaries for every processor.
 // Reads one line a job from standard input, {"prompts": [[ids]], "new_tokens": n}, and answers each with a line
-// {"seconds": s, "first_s": s, "tokens": [[ids]]}: all prompts at the same time, greedy, over the end of the answer.
+// {"arrivals": [s], "tokens": [[ids]]}: all prompts at the same time, greedy, over the end of the answer. Arrivals are
+// those of the first answer's tokens, in seconds from the start.
 import readline from "node:readline";
 import {pathToFileURL} from "node:url";
 import path from "node:path";
@@ -17,11 +18,11 @@ const context = await model.createContext({
 });
 const slots = Array.from({length: +sequences}, () => context.getSequence());
 
-async function answer(slot, prompt, count, seen) {
+async function answer(slot, prompt, count, started, seen) {
     const tokens = [];
     for await (const token of slot.evaluate(prompt, {temperature: 0, yieldEogToken: true})) {
-        if (tokens.length === 0) seen.push(performance.now());
         tokens.push(token);
+        seen?.push((performance.now() - started) / 1e3);
         if (tokens.length >= count) break;
     }
     return tokens;
@@ -31,10 +32,10 @@ console.log(JSON.stringify({ready: true, threads: context.currentThreads, system
 for await (const line of readline.createInterface({input: process.stdin})) {
     const {prompts, new_tokens: count} = JSON.parse(line);
     for (const slot of slots) await slot.clearHistory();
-    const seen = [];
+    const arrivals = [];
     const started = performance.now();
-    const tokens = await Promise.all(prompts.map((prompt, i) => answer(slots[i], prompt, count, seen)));
-    const seconds = (performance.now() - started) / 1e3;
-    console.log(JSON.stringify({seconds, first_s: (Math.max(...seen) - started) / 1e3, tokens}));
+    const tokens = await Promise.all(prompts.map(
+        (prompt, i) => answer(slots[i], prompt, count, started, i === 0 ? arrivals : undefined)));
+    console.log(JSON.stringify({arrivals, tokens}));
 }
 process.exit(0);
