@@ -94,6 +94,7 @@ class EngineLoop:
             self.failure = failure
         self._end(message)
         if self._replicas is not None:
+            self._core.runner.graphs = None  # recorded sums keep the communicator from ending
             self._replicas.close()
 
     def _take_orders(self) -> bool:

@@ -49,7 +49,9 @@ class Group:
 
         Raises RuntimeError on a CPU when a rank has gone or does not come; on a GPU see `abort`.
         """
-        self._backend.allreduce([tensor], self._options).wait()
+        work = self._backend.allreduce([tensor], self._options)
+        if work is not None:  # NCCL has nothing to wait for: the sum is in the stream's order
+            work.wait()
         return tensor
 
     def abort(self, wait_s: float = 10.0) -> None:

@@ -99,7 +99,7 @@ def test_shards_are_parts_of_the_model(checkpoint: Path) -> None:
     whole = load_model(checkpoint)
     parts = [load_shard(checkpoint, "cpu", "float32", rank, 2) for rank in range(2)]
     assert parts[0].config == whole.config
-    down = [part.get_parameter("model.layers.1.mlp.down_proj.weight") for part in parts]
+    down: list[torch.Tensor] = [part.get_parameter("model.layers.1.mlp.down_proj.weight") for part in parts]
     assert torch.equal(torch.cat(down, 1), whole.get_parameter("model.layers.1.mlp.down_proj.weight"))
     norm = "model.layers.1.input_layernorm.weight"
     assert torch.equal(parts[1].get_parameter(norm), whole.get_parameter(norm))
