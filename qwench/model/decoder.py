@@ -44,7 +44,7 @@ class Linear(nn.Linear):
     def forward(
         self, input: Tensor, *, norm: RMSNorm | None = None, swiglu: bool = False, residual: Tensor | None = None
     ) -> Tensor:
-        """[T, K] -> [T, N]: norm first, then the product, then SwiGLU ([T, N / 2]), then + residual. See `ops.linear`."""
+        """[T, K] -> [T, N] or, with SwiGLU, [T, N / 2]: norm, product, SwiGLU, + residual. See `ops.linear`."""
         before = (norm.weight, norm.eps) if norm is not None else None
         return linear(input, self.weight, self.bias, norm=before, swiglu=swiglu, residual=residual)
 
