@@ -66,6 +66,13 @@ class PageServer:
     server: Server
     thread: threading.Thread
 
+    def wait_until_idle(self) -> None:
+        """Until the server has noticed that the clients that left are gone."""
+        deadline = time.monotonic() + PATIENCE_S
+        while self.server.service.slots.in_use:
+            assert time.monotonic() < deadline, "the server still makes an answer"
+            time.sleep(0.01)
+
     def stop(self) -> None:
         self.server.drain()
         self.thread.join(30)

@@ -264,6 +264,7 @@ def test_a_busy_server_can_be_asked_again(
     assert "1 answers are in the making" in error.inner_text()
     first.input.press("Escape")
     first.finished()
+    server.wait_until_idle()
     error.get_by_role("button", name="Retry").click()
     assert second.finished() == "A tiny model."
 
