@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import os
 
+# Before torch is imported: threads that wait do not spin for long, and torch puts large tensors on large pages.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import argparse
 import asyncio
@@ -195,7 +197,11 @@ def main() -> None:
     parser.add_argument("--gguf", type=Path, action="append", default=[], help="file for llama.cpp, any number")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--patience", type=float, default=2, help="seconds to wait for a quiet machine before a run")
+    parser.add_argument("--only", help="measure the workload of this name alone, and write no result")
     options = parser.parse_args()
+    workloads = [workload for workload in WORKLOADS if options.only in (None, workload.name)]
+    if not workloads:
+        parser.error(f"no workload {options.only!r}; there are: {', '.join(workload.name for workload in WORKLOADS)}")
     if options.gguf and options.node_modules is None:
         parser.error("--gguf needs --node-modules, the folder that holds node-llama-cpp")
 
@@ -214,7 +220,7 @@ def main() -> None:
     text = (Path(__file__).parents[1] / "docs" / "decisions.md").read_text(encoding="utf-8")
     ids = engine.tokenizer.encode(text)
     figures: dict[str, Any] = {}
-    for workload in WORKLOADS:
+    for workload in workloads:
         size = workload.prompt_tokens
         stream = ids * (1 + workload.num_prompts * size // len(ids))
         prompts = [stream[i * size : (i + 1) * size] for i in range(workload.num_prompts)]
@@ -254,6 +260,9 @@ def main() -> None:
     tied = engine.model.config.tie_word_embeddings
     read = weights if tied else weights - embedding.numel() * embedding.element_size()
     print(f"roofline of one stream {rate / read:.2f} tokens/s ({read / 1e9:.2f} GB a token at {rate / 1e9:.1f} GB/s)")
+    engine.close()
+    if options.only is not None:
+        return
     write_result(
         f"engine_cpu_{options.dtype}",
         {
@@ -262,10 +271,10 @@ def main() -> None:
             "memory_gb_per_s": rate / 1e9,
             "cpu_features": features,
             "threads": torch.get_num_threads(),
+            "environment": {name: os.environ[name] for name in ("GOMP_SPINCOUNT", "THP_MEM_ALLOC_ENABLE")},
             "load_average": os.getloadavg()[1],
         },
     )
-    engine.close()
 
 
 if __name__ == "__main__":

@@ -23,20 +23,17 @@ log = logging.getLogger("qwench.engine")
 def build_core(
     model: CausalLM, tokenizer: Tokenizer, config: EngineConfig, agree: Callable[[int], int] = lambda count: count
 ) -> Core:
-    """`config` has numbers for max_len, max_seqs and max_step_tokens. `agree` takes the number of blocks that fit here
+    """`config` has numbers for max_len, max_seqs and tokens of a step. `agree` takes the number of blocks that fit here
     and returns the number to allocate.
 
     Raises ValueError when the cache does not fit.
     """
-    max_len, max_seqs, max_step_tokens, size = (
-        config.max_len,
-        config.max_seqs,
-        config.max_step_tokens,
-        config.block_size,
-    )
+    max_len, max_seqs, max_step_tokens = config.max_len, config.max_seqs, config.max_step_tokens
+    idle_step_tokens, size = config.idle_step_tokens, config.block_size
     assert max_len is not None
     assert max_seqs is not None
     assert max_step_tokens is not None
+    assert idle_step_tokens is not None
     weight = model.model.embed_tokens.weight
     device, dtype = weight.device, model.model.compute_dtype or weight.dtype
     longest = max_len + (config.draft_tokens if config.speculate != "off" else 0)
@@ -48,7 +45,7 @@ def build_core(
         shapes.append(cache_shape(draft.config, config, dtype))
     with torch.inference_mode():
         fitting = num_blocks_that_fit(
-            shapes, config, max_seqs * max_len, device, lambda: runner.rehearse(max_step_tokens)
+            shapes, config, max_seqs * max_len, device, lambda: runner.rehearse(idle_step_tokens)
         )
         num_blocks = agree(fitting)
         runner.caches = shapes[0].allocate(num_blocks, device)
@@ -59,4 +56,4 @@ def build_core(
         (num_blocks - 1) * size, num_blocks * sum(s.block_bytes for s in shapes) / 2**30, max_seqs, max_len,
     )  # fmt: skip
     pool = BlockPool(num_blocks, size, caching=config.prefix_caching)
-    return Core(runner, pool, config, max_seqs, max_step_tokens)
+    return Core(runner, pool, config, max_seqs, max_step_tokens, idle_step_tokens)

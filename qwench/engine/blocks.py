@@ -73,7 +73,7 @@ class BlockPool:
         self._block_of.clear()
 
 
-def prefix_hashes(token_ids: Sequence[int], block_size: int, known: Sequence[bytes] = ()) -> list[bytes]:
+def prefix_hashes(token_ids: Sequence[int] | np.ndarray, block_size: int, known: Sequence[bytes] = ()) -> list[bytes]:
     """Names of the prefixes that end at each full block: 128-bit hashes, each over the one before and its tokens.
 
     `known` are the first of them, from an earlier call with fewer tokens.

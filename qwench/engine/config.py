@@ -18,8 +18,12 @@ class EngineConfig:
     max_step_tokens: int | None = None
     """Tokens of one forward pass, at least max_seqs. Longer prompts are read in chunks; 16,384 on a GPU, 1,024 on a
     CPU."""
-    block_size: int = 16
-    """Positions in one block of the key/value cache."""
+    idle_step_tokens: int | None = None
+    """The same while no answer is being written, as a long pass delays nobody then; up to 65,536 where a GPU has the
+    memory, and max_step_tokens where that is given."""
+    block_size: int = 32
+    """Positions in one block of the key/value cache. Smaller ones share more of beginnings that are alike, larger ones
+    are found faster."""
     memory_fraction: float = 0.9
     """Share of the device's memory that weights, activations and cache may fill together (CPU: of what is free)."""
     cache_tokens: int | None = None
@@ -52,7 +56,7 @@ class EngineConfig:
         if not 0 < self.memory_fraction <= 1:
             raise ValueError(f"memory_fraction is {self.memory_fraction}; give a number in (0, 1]")
         for name in (
-            "max_len", "max_seqs", "max_step_tokens", "block_size", "cache_tokens", "decode_steps",
+            "max_len", "max_seqs", "max_step_tokens", "idle_step_tokens", "block_size", "cache_tokens", "decode_steps",
             "speculate_max_seqs",
         ):  # fmt: skip
             value = getattr(self, name)
@@ -64,6 +68,11 @@ class EngineConfig:
             raise ValueError(
                 f"max_step_tokens is {self.max_step_tokens}, but {self.max_seqs} sequences (max_seqs) need a token "
                 "each in every step; raise max_step_tokens or lower max_seqs"
+            )
+        if (self.idle_step_tokens or self.max_step_tokens or 0) < (self.max_step_tokens or 0):
+            raise ValueError(
+                f"idle_step_tokens is {self.idle_step_tokens}, less than max_step_tokens ({self.max_step_tokens}); "
+                "give at least as many"
             )
         if not 1 <= self.draft_tokens <= 15:
             raise ValueError(f"draft_tokens is {self.draft_tokens}; give 1 to 15")

@@ -8,8 +8,11 @@ and what it draws then is thrown away.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,9 +27,23 @@ from qwench.engine.speculate import Places, Speculator
 from qwench.ops.dispatch import batch_invariant_kernels
 
 
+@dataclass(frozen=True, slots=True)
+class _Ahead:
+    """What the grammars of some sequences allow next."""
+
+    sequences: list[Sequence]
+    masks: np.ndarray
+
+
 class Core:
     def __init__(
-        self, runner: Runner, pool: BlockPool, config: EngineConfig, max_seqs: int, max_step_tokens: int
+        self,
+        runner: Runner,
+        pool: BlockPool,
+        config: EngineConfig,
+        max_seqs: int,
+        max_step_tokens: int,
+        idle_step_tokens: int,
     ) -> None:
         self.runner, self.pool, self.config = runner, pool, config
         self.scheduler = Scheduler(
@@ -34,6 +51,7 @@ class Core:
             max_seqs,
             max_step_tokens,
             config.decode_steps or 1,
+            idle_step_tokens=idle_step_tokens,
             deterministic=config.deterministic,
             draft_model=runner.draft is not None,
         )
@@ -43,6 +61,7 @@ class Core:
         self.on_tokens: Callable[[Flight, list[list[int]]], None] = lambda flight, lines: None
         """Called with the tokens of each flight before they are handed out. What it raises stops the engine."""
         self._flight: Flight | None = None
+        self._second_thread = ThreadPoolExecutor(1, "qwench-answers")
         self._placed: dict[int, int] = {}
         """Admission -> row, as the device knows them."""
 
@@ -126,19 +145,29 @@ class Core:
             return self.speculator.launch(step, mode, self._extras if special else None), before
         if not step.chunks and not special:
             return runner.decode(step, mode), before
-        pending = runner.forward_mixed(step) if step.chunks else runner.forward_decode(step)
-        extras = None
-        if special:
-            if before is not None:  # grammars must know the last tokens; the device computes logits meanwhile
-                self._read(before)
-                before = None
-            extras = self._extras([(s, range(row, row + 1)) for row, s in enumerate(pending.sequences)], {})
-        return runner.draw(pending, mode, extras), before
+        if step.chunks:
+            pending = runner.forward_mixed(step)
+            rows, draw = list(enumerate(pending.sequences)), functools.partial(runner.draw, pending, mode)
+            if not special:
+                return draw(None), before
+        else:
+            logits_BV = runner.forward_decode(step)
+            rows = [(s.slot, s) for s in step.decodes]
+            draw = functools.partial(runner.draw_decode, rows, logits_BV, mode)
+        # Grammars must know the last tokens, which the others get while masks are computed. The device computes logits.
+        masks = None
+        if before is not None:
+            heard = self._hear(before)
+            handed_out = self._second_thread.submit(self._hand_out, before, *heard)
+            masks = self._masks_ahead([s for _, s in rows])
+            handed_out.result()
+        return draw(self._extras([(s, range(row, row + 1)) for row, s in rows], {}, masks)), None
 
-    def _extras(self, places: Places, further_masks: dict[int, np.ndarray]) -> Extras:
+    def _extras(self, places: Places, further_masks: dict[int, np.ndarray], ahead: _Ahead | None = None) -> Extras:
         """What the host adds to the logits of each sequence's next tokens: the first one, and those behind drafts.
 
-        `further_masks` has what grammars allow behind drafts, by the row of the logits.
+        `further_masks` has what grammars allow behind drafts, by the row of the logits; `ahead` are masks that are
+        known already.
         """
         extras = Extras()
         constrained: list[tuple[int, Sequence]] = []
@@ -155,13 +184,13 @@ class Core:
             if sequence.matcher is not None:
                 constrained.append((rows.start, sequence))
         if constrained:
-            extras.masks = self._masks([sequence for _, sequence in constrained])
+            extras.masks = self._masks([sequence for _, sequence in constrained], ahead)
             if further_masks:
                 owners = {row: sequence for sequence, rows in places for row in rows}
                 constrained += [(row, owners[row]) for row in further_masks]
                 extras.masks = np.concatenate((extras.masks, list(further_masks.values())))
             extras.masked = [row for row, _ in constrained]
-        only_end = self._rows_that_must_end(constrained, extras.masks)
+        only_end = self._rows_that_must_end(constrained, extras.masks) if banned else ()
         for row, sequence in banned:
             if row not in only_end:
                 extras.edits += [(row, token, float("-inf")) for token in sequence.answer.ends if token < self._num_ids]
@@ -183,16 +212,36 @@ class Core:
             if count == sum(bool(mask[t // 32] >> (t % 32) & 1) for t in sequence.answer.ends if t // 32 < len(mask))
         }
 
-    def _masks(self, sequences: list[Sequence]) -> np.ndarray:
-        """What each grammar allows next, [sequences, V / 32] int32. One that fails ends its sequence only."""
+    def _masks_ahead(self, sequences: list[Sequence]) -> _Ahead | None:
+        """What the grammars of these allow next, while some of them may be found to have ended."""
+        sequences = [s for s in sequences if s.matcher is not None and not s.is_finished]
+        if not sequences or self.config.tensor_parallel > 1:  # there, other ranks hear of each mask by itself
+            return None
+        masks = np.empty((len(sequences), -(-self._num_ids // 32)), np.int32)
+        return _Ahead(sequences, masks) if self._fill(sequences, masks) else None
+
+    @staticmethod
+    def _fill(sequences: list[Sequence], masks: np.ndarray) -> bool:
         from qwench.engine.grammar import fill_masks  # llguidance is loaded when the first grammar comes
 
-        masks = np.zeros((len(sequences), -(-self._num_ids // 32)), np.int32)
+        try:
+            fill_masks([sequence.matcher for sequence in sequences if sequence.matcher is not None], masks)
+        except ValueError:
+            return False
+        return True
+
+    def _masks(self, sequences: list[Sequence], ahead: _Ahead | None) -> np.ndarray:
+        """What each grammar allows next, [sequences, V / 32] int32. One that fails ends its sequence only."""
+        if ahead is not None:
+            if ahead.sequences == sequences:
+                return ahead.masks
+            row_of = {sequence: row for row, sequence in enumerate(ahead.sequences)}
+            if all(sequence in row_of for sequence in sequences):
+                return ahead.masks[[row_of[sequence] for sequence in sequences]]
+        masks = np.empty((len(sequences), -(-self._num_ids // 32)), np.int32)
+        if self.config.tensor_parallel == 1 and self._fill(sequences, masks):
+            return masks
         matchers = [sequence.matcher for sequence in sequences if sequence.matcher is not None]
-        if self.config.tensor_parallel == 1:  # else other ranks hear of each mask by itself
-            with suppress(ValueError):  # found below
-                fill_masks(matchers, list(masks))
-                return masks
         for sequence, matcher, mask in zip(sequences, matchers, masks, strict=True):
             try:
                 matcher.fill_mask(mask)
@@ -203,11 +252,33 @@ class Core:
 
     # ------------------------------------------------------------------------------------------------------ reading
     def _read(self, flight: Flight) -> None:
-        """Hand the tokens of a flight to their answers."""
+        """Wait for a flight and hand its tokens to their answers."""
+        self._hand_out(flight, *self._hear(flight))
+
+    def _hear(self, flight: Flight) -> tuple[list[list[int]], list[list[float]]]:
+        """Wait for a flight's tokens and log-probabilities, and let the grammars know of them."""
         tokens, logprobs = flight.wait()
         self.on_tokens(flight, tokens)
         if flight.num_new is not None and self.speculator is not None:
             self.speculator.settle(flight, tokens)
+        for column, sequence in flight.columns:
+            matcher, sequence.grammar_end = sequence.matcher, None
+            if matcher is None or sequence.is_finished:
+                continue
+            try:
+                for place, token in enumerate(tokens[column]):
+                    if token in sequence.answer.ends and place >= sequence.num_to_skip:
+                        break
+                    matcher.consume(token)
+                    if matcher.is_finished:
+                        sequence.grammar_end = place
+                        break
+            except ValueError as error:  # a grammar that became too expensive ends its own answer only
+                self.fail(sequence, error)
+        return tokens, logprobs
+
+    def _hand_out(self, flight: Flight, tokens: list[list[int]], logprobs: list[list[float]]) -> None:
+        """Give the tokens of a flight to their answers. Grammars are not asked."""
         for sequence, values in flight.prompt_logprobs:
             known = sequence.answer.prompt_logprobs = sequence.answer.prompt_logprobs or [None]
             known.extend(values.tolist())
@@ -217,19 +288,14 @@ class Core:
                 continue
             num_before = len(sequence.outputs)
             line, values = tokens[column], logprobs[column]
-            if sequence.num_to_skip:
-                skipped = min(sequence.num_to_skip, len(line))
+            skipped = min(sequence.num_to_skip, len(line))
+            if skipped:
                 sequence.num_to_skip -= skipped
-                if sequence.matcher is not None:
-                    for token in line[:skipped]:
-                        sequence.matcher.consume(token)
                 line, values = line[skipped:], values[skipped:]
             if sequence.needs_host:
-                try:
-                    self._push_each(sequence, line, values, None if top is None else (top[0][column], top[1][column]))
-                except ValueError as error:  # a grammar that became too expensive ends its own answer only
-                    self.fail(sequence, error)
-                    continue
+                last = None if sequence.grammar_end is None else sequence.grammar_end - skipped
+                likeliest = None if top is None else (top[0][column], top[1][column])
+                self._push_each(sequence, line, values, likeliest, last)
             else:
                 sequence.answer.extend(line, values)
             self.num_generated += len(sequence.outputs) - num_before
@@ -244,18 +310,18 @@ class Core:
         line: list[int],
         values: list[float],
         top: tuple[list[list[int]], list[list[float]]] | None,
+        last: int | None,
     ) -> None:
-        """The next tokens of a sequence whose grammar must hear of them, or that wants to see the likeliest ones."""
+        """The next tokens of a sequence that has a grammar, whose `last` one has completed it, or that wants to see the
+        likeliest ones."""
         count = sequence.params.top_logprobs
         for place, (token, logprob) in enumerate(zip(line, values, strict=True)):
             best = None
             if count and top is not None:
                 best = dict(zip(top[0][place][:count], top[1][place][:count], strict=True))
             sequence.answer.push(token, logprob, best)
-            if sequence.matcher is not None and sequence.answer.finish != "stop":
-                sequence.matcher.consume(token)
-                if sequence.matcher.is_finished:  # also where the limit is reached at once
-                    sequence.answer.stop()
+            if place == last and sequence.answer.finish != "stop":  # also where the limit is reached at once
+                sequence.answer.stop()
             if sequence.is_finished:
                 break
 

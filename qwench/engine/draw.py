@@ -41,6 +41,33 @@ class Extras:
     masked: list[int] = field(default_factory=list)
     num_top: int = 0
 
+    @property
+    def is_masks_alone(self) -> bool:
+        return not self.edits and not self.num_top
+
+
+class MaskTable:
+    """What grammars allow in each row of the state. A recorded draw reads the device's copy, always at one place."""
+
+    def __init__(self, num_rows: int, num_words: int, device: torch.device) -> None:
+        on_gpu = device.type == "cuda"
+        self.host = torch.full((num_rows, num_words), -1, dtype=torch.int32, pin_memory=on_gpu)
+        self.device = self.host.to(device, copy=on_gpu)
+        self._masked: set[int] = set()
+
+    def set(self, extras: Extras, num_rows: int) -> Tensor:
+        """The masks of a step whose logits have `num_rows` rows, on the device, [num_rows, ceil(V / 32)].
+
+        The step that read the table before must have been waited for.
+        """
+        rows = self.host.numpy()
+        if stale := self._masked.difference(extras.masked):
+            rows[list(stale)] = -1
+        self._masked = set(extras.masked)
+        if extras.masked:
+            rows[extras.masked] = extras.masks
+        return self.device[:num_rows].copy_(self.host[:num_rows], non_blocking=True)
+
 
 def mode_of(sequences: Iterable[Sequence]) -> Mode:
     wishes = [(s.filtered, s.penalised) for s in sequences]
@@ -56,14 +83,16 @@ def draw(
     vocab_size: int,
     extras: Extras | None = None,
     upload: Callable[[Tensor], Tensor] | None = None,
+    mask_BW: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Tokens [B] int64 and the log-probabilities [B] fp32 that the model itself gives them; the tokens are counted.
 
-    `which` rows of the state the logits belong to. Without extras nothing here needs the host.
+    `which` rows of the state the logits belong to. Without extras nothing here needs the host; `mask_BW` is theirs
+    where it is on the device already.
     """
     slots_B = torch.arange(which.stop, device=logits_BV.device) if isinstance(which, slice) else which
     tokens_B, logprobs_B = draw_at(
-        logits_BV, rows, which, rows.step[which], mode, counts_RV, slots_B, vocab_size, extras, upload
+        logits_BV, rows, which, rows.step[which], mode, counts_RV, slots_B, vocab_size, extras, upload, mask_BW
     )
     if mode.penalised and counts_RV is not None:
         count_(counts_RV, slots_B, tokens_B)
@@ -81,6 +110,7 @@ def draw_at(
     vocab_size: int,
     extras: Extras | None = None,
     upload: Callable[[Tensor], Tensor] | None = None,
+    mask_BW: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`draw` for the places `steps_B` [B] int64 of the answers, with the counts in row slots_B[b] of `counts_NV`.
 
@@ -101,15 +131,18 @@ def draw_at(
         assert counts_NV is not None
         penalties = rows.repetition[which], rows.presence[which], rows.frequency[which]
         changed_BV = penalise(logits_BV, counts_NV, slots_B, *penalties)
-    if extras is not None and upload is not None and (extras.edits or extras.masked):
-        if changed_BV is logits_BV:
-            changed_BV = logits_BV.to(torch.float32, copy=True)
+    if extras is not None and upload is not None:
         if extras.edits:
+            if changed_BV is logits_BV:
+                changed_BV = logits_BV.to(torch.float32, copy=True)
             at, token, value = zip(*extras.edits, strict=True)
             places = upload(torch.tensor([at, token]))
             add_bias_(changed_BV, places[0], places[1], upload(torch.tensor(value, dtype=torch.float32)))
-        if extras.masks is not None:
+        if extras.masks is not None and mask_BW is None:
             everything = torch.full((changed_BV.shape[0], extras.masks.shape[1]), -1, dtype=torch.int32)
             everything[extras.masked] = torch.from_numpy(extras.masks)
-            mask_(changed_BV, upload(everything))
+            mask_BW = upload(everything)
+    if mask_BW is not None:
+        changed_BV = logits_BV.clone() if changed_BV is logits_BV else changed_BV
+        mask_(changed_BV, mask_BW)
     return sample(changed_BV, drawing, None if changed_BV is logits_BV else logits_BV)

@@ -9,6 +9,7 @@ what is new after each step.
 
 from __future__ import annotations
 
+import array
 import asyncio
 import functools
 import math
@@ -24,10 +25,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from qwench.engine.answer import Answer, joined
 from qwench.engine.assembly import build_core
+from qwench.engine.cache import long_pass_tokens
 from qwench.engine.config import EngineConfig
 from qwench.engine.core import Core
 from qwench.engine.loop import EngineLoop
@@ -161,11 +164,16 @@ class Engine:
                 f"max_len is {config.max_len}, but the model's context has {context} tokens; give at most that"
             )
         most_seqs, most_tokens = (1024, 16384) if on_gpu else (16, 1024)
+        max_step_tokens = config.max_step_tokens or max(most_tokens, config.max_seqs or 0)
+        idle_step_tokens = config.idle_step_tokens or max_step_tokens
+        if on_gpu and config.max_step_tokens is None and config.idle_step_tokens is None:
+            idle_step_tokens = max(max_step_tokens, long_pass_tokens(self.model.config, weight.device))
         return replace(
             config,
             max_len=config.max_len or context,
             max_seqs=config.max_seqs or min(most_seqs, config.max_step_tokens or most_seqs),
-            max_step_tokens=config.max_step_tokens or max(most_tokens, config.max_seqs or 0),
+            max_step_tokens=max_step_tokens,
+            idle_step_tokens=idle_step_tokens,
             decode_steps=config.decode_steps or (8 if on_gpu else 1),
         )
 
@@ -281,14 +289,20 @@ class Engine:
 
     def validate(self, prompt: Seq[int], params: SamplingParams) -> list[int]:
         """The prompt as a list. Raises ValueError for what cannot be served: empty, too long, unknown ids."""
-        if isinstance(prompt, str):
+        return self._validated(prompt, params).tolist()
+
+    def _validated(self, prompt: Seq[int], params: SamplingParams) -> np.ndarray:
+        if isinstance(prompt, str | bytes):
             raise ValueError("the prompt is a string; give token ids, for example tokenizer.encode(text)")
-        ids = [int(token) for token in prompt]
-        if not ids:
+        try:
+            packed = array.array("q", prompt)  # checks that all are integers, much faster than a loop
+        except (TypeError, OverflowError) as error:
+            raise ValueError(f"the prompt has something that is no token id: {error}") from None
+        if not packed:
             raise ValueError("the prompt is empty; give at least one token")
-        rows = self.model.config.vocab_size
-        if min(ids) < 0 or max(ids) >= rows:
-            bad = next(token for token in ids if not 0 <= token < rows)
+        rows, ids = self.model.config.vocab_size, np.frombuffer(packed, np.int64)
+        if ids.min() < 0 or ids.max() >= rows:
+            bad = next(token for token in packed if not 0 <= token < rows)
             raise ValueError(f"token id {bad} is outside the model's rows 0 to {rows - 1}")
         longest = min(self.max_len, self.cache_tokens) - 1
         if len(ids) > longest:
@@ -317,7 +331,7 @@ class Engine:
     ) -> Sequence:
         if params.n != 1:
             raise ValueError(f"n is {params.n}; a stream carries one answer, so open n streams with seeds of their own")
-        ids = self.validate(prompt, params)
+        ids = self._validated(prompt, params)
         ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._ends)
         limit = min(params.max_tokens, min(self.max_len, self.cache_tokens) - len(ids))
         seed = secrets.randbits(63) if params.seed is None else params.seed
@@ -363,7 +377,8 @@ class Engine:
         )
 
     def close(self) -> None:
-        """Stop after the step that is being computed. Who waits for an answer gets a RuntimeError."""
+        """Stop after the step that is being computed, and free the cache. Who waits for an answer gets a
+        RuntimeError."""
         self._loop.close()
 
     def __enter__(self) -> Engine:

@@ -8,6 +8,7 @@ bounds their compilation; `tool_grammar.py` writes those of tool calls.
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 import weakref
@@ -195,7 +196,7 @@ class GrammarCompiler:
 
 @cache
 def _executor() -> LLExecutor:
-    return LLExecutor()
+    return LLExecutor(os.cpu_count() or 1)
 
 
 def fill_masks(matchers: Sequence[Matcher], rows: Sequence[np.ndarray] | np.ndarray) -> None:

@@ -59,6 +59,15 @@ class DecodeGraphs:
         found[0].replay()
         return found[1]
 
+    def draw(self, logits_BV: Tensor, mode: Mode, mask_BW: Tensor | None) -> None:
+        """Draw from the logits of a step; from a recording where they are those that `replay_logits` returns."""
+        recorded = self._graphs.get(("logits", logits_BV.shape[0]))
+        if recorded is None or recorded[1] is not logits_BV:
+            self._runner.draw_step(logits_BV, mode, mask_BW=mask_BW)
+            return
+        key = ("draw", logits_BV.shape[0], mode, mask_BW is not None)
+        self.perform(key, lambda: self._runner.draw_step(logits_BV, mode, mask_BW=mask_BW))
+
     def perform(self, key: Hashable, work: Callable[[], Tensor | None]) -> Tensor | None:
         """Do what `work` does, from its recording when there is one. The next replay overwrites what is returned."""
         found = self._find(key, work)

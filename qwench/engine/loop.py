@@ -67,6 +67,8 @@ class EngineLoop:
             self._closed = True
             self._wake.notify()
             thread = self._thread
+        if thread is None:
+            self._core.runner.release()
         if thread is not None and thread is not threading.current_thread():
             thread.join()
         if self._replicas is not None:
@@ -93,8 +95,8 @@ class EngineLoop:
             message = f"the engine has stopped: {type(failure).__name__}: {failure}"
             self.failure = failure
         self._end(message)
+        self._core.runner.release()  # recorded sums would keep the communicator of the replicas from ending
         if self._replicas is not None:
-            self._core.runner.graphs = None  # recorded sums keep the communicator from ending
             self._replicas.close()
 
     def _take_orders(self) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -64,7 +65,7 @@ class RowState:
                 blocks.extend(sequence.blocks[known:])
                 self.num_entries[sequence.slot] = now
         if places:
-            both = self.upload(torch.tensor([places, blocks]))
+            both = self.upload(torch.from_numpy(np.array([places, blocks], np.int64)))
             self.table.view(-1).index_copy_(0, both[0], both[1].int())
 
     def retire(self, slots: Seq[int]) -> None:

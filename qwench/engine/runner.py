@@ -8,6 +8,7 @@ Shape suffixes: T tokens, D hidden size, B rows of the step, V vocabulary rows, 
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -16,9 +17,9 @@ import torch
 from torch import Tensor
 
 from qwench.engine.config import EngineConfig
-from qwench.engine.draw import Extras, Mode, draw
+from qwench.engine.draw import Extras, MaskTable, Mode, draw
 from qwench.engine.graphs import DecodeGraphs
-from qwench.engine.prompts import LENGTHS, ShortPrompts
+from qwench.engine.prompts import ShortPrompts
 from qwench.engine.rows import RowState
 from qwench.engine.scheduler import Step
 from qwench.engine.sequence import Sequence
@@ -102,6 +103,7 @@ class Runner:
         self.ring_logprobs = torch.zeros((RING, max_seqs), dtype=torch.float32, device=self.device)
         self.ring_at = torch.zeros(1, dtype=torch.int64, device=self.device)
         self._ring_next = 0
+        self._masks: MaskTable | None = None
         self.graphs = DecodeGraphs(self) if self.on_gpu and config.cuda_graphs else None
         self.short_prompts = ShortPrompts(self, self.graphs) if self.graphs is not None else None
 
@@ -166,16 +168,19 @@ class Runner:
         )
 
     def _short_prompt(self, step: Step) -> Pending | None:
-        """The same for a step that is one short new prompt and nothing else, from a recorded pass."""
+        """The same for a step that is one short new prompt, or the short end of one, and nothing else: a recorded
+        pass."""
         if self.short_prompts is None or self.draft is not None or step.decodes or len(step.chunks) != 1:
             return None
         sequence, start, count = step.chunks[0]
-        if start or sequence.is_prefilling or sequence.params.prompt_logprobs or count > LENGTHS[-1]:
+        if sequence.is_prefilling or sequence.params.prompt_logprobs or not self.short_prompts.knows(start, count):
             return None
-        places, size = torch.arange(count), self.block_size
-        slots = torch.tensor(sequence.blocks)[places // size] * size + places % size
-        logits_1V = self.short_prompts.logits(sequence.known_tokens(), slots)
-        return Pending(logits_1V, [sequence], self.upload(torch.tensor([sequence.slot])), [count], [])
+        places, size = np.arange(start, start + count), self.block_size
+        blocks = np.asarray(sequence.blocks[start // size :], np.int64)
+        slots = torch.from_numpy(blocks[places // size - start // size] * size + places % size)
+        tokens = sequence.known_tokens()[start : start + count]
+        logits_1V = self.short_prompts.logits(tokens, slots, start, sequence.slot)
+        return Pending(logits_1V, [sequence], self.upload(torch.tensor([sequence.slot])), [start + count], [])
 
     def pack(self, sequences: list[Sequence], starts: list[int], counts: list[int], num_decodes: int) -> Packed:
         """`counts[i]` tokens of sequence i from position `starts[i]` on. The first `num_decodes` have one each, which
@@ -258,9 +263,16 @@ class Runner:
 
     def decode_step(self, num_rows: int, mode: Mode) -> None:
         """One decoding pass that draws and moves every live row on; the tokens go to the ring."""
-        rows = self.rows
-        logits_BV = self.decode_logits(num_rows)
-        tokens_B, logprobs_B = draw(logits_BV, rows, slice(0, num_rows), mode, self.counts_RV, self.vocab_size)
+        self.draw_step(self.decode_logits(num_rows), mode)
+
+    def draw_step(
+        self, logits_BV: Tensor, mode: Mode, extras: Extras | None = None, mask_BW: Tensor | None = None
+    ) -> None:
+        """Draw for the first rows of `RowState` and move the live ones on; the tokens go to the ring."""
+        rows, num_rows = self.rows, logits_BV.shape[0]
+        tokens_B, logprobs_B = draw(
+            logits_BV, rows, slice(0, num_rows), mode, self.counts_RV, self.vocab_size, extras, self.upload, mask_BW
+        )
         advance(
             tokens_B, logprobs_B, rows.last_token[:num_rows], rows.position[:num_rows], rows.step[:num_rows],
             rows.live[:num_rows], self.ring_tokens, self.ring_logprobs, self.ring_at,
@@ -270,34 +282,59 @@ class Runner:
     def decode(self, step: Step, mode: Mode) -> Flight:
         """Launch `step.num_steps` decoding steps of sequences without special wishes."""
         num_rows = 1 + max(s.slot for s in step.decodes)
-        if self._ring_next + step.num_steps > RING:
-            self.ring_at.zero_()
-            self._ring_next = 0
-        first = self._ring_next
+        first = self._ring_place(step.num_steps)
         for _ in range(step.num_steps):
             if self.graphs is None or not self.graphs.replay(num_rows, mode):
                 self.decode_step(num_rows, mode)
-        self._ring_next += step.num_steps
-        part = slice(first, self._ring_next)
+        return self._ring_flight([(s.slot, s) for s in step.decodes], first)
+
+    def _ring_place(self, num_steps: int) -> int:
+        """Where the tokens of the next steps will stand in the ring."""
+        if self._ring_next + num_steps > RING:
+            self.ring_at.zero_()
+            self._ring_next = 0
+        first, self._ring_next = self._ring_next, self._ring_next + num_steps
+        return first
+
+    def _ring_flight(
+        self, columns: list[tuple[int, Sequence]], first: int, top: tuple[Tensor, Tensor] | None = None
+    ) -> Flight:
+        part, num_rows = slice(first, self._ring_next), 1 + max(slot for slot, _ in columns)
         return Flight(
-            columns=[(s.slot, s) for s in step.decodes],
+            columns=columns,
             tokens=self.download(self.ring_tokens[part, :num_rows]),
             logprobs=self.download(self.ring_logprobs[part, :num_rows]),
             event=self.record(),
+            top=top,
         )
 
-    def forward_decode(self, step: Step) -> Pending:
-        """One decoding pass up to the logits, for sequences whose drawing needs the host."""
+    def forward_decode(self, step: Step) -> Tensor:
+        """One decoding pass up to the logits [B, V] of the first rows, for a draw that needs the host."""
         num_rows = 1 + max(s.slot for s in step.decodes)
         logits_BV = self.graphs.replay_logits(num_rows) if self.graphs is not None else None
-        if logits_BV is None:
-            logits_BV = self.decode_logits(num_rows)
-        slots = [s.slot for s in step.decodes]
-        rows_B = self.upload(torch.tensor(slots))
-        if slots != list(range(logits_BV.shape[0])):  # rows that moved are no longer in the sequences' order
-            logits_BV = logits_BV[rows_B]
-        positions = [s.num_computed for s in step.decodes]
-        return Pending(logits_BV, step.decodes, rows_B, positions, [])
+        return self.decode_logits(num_rows) if logits_BV is None else logits_BV
+
+    def draw_decode(self, columns: list[tuple[int, Sequence]], logits_BV: Tensor, mode: Mode, extras: Extras) -> Flight:
+        """Draw the tokens of a decoding pass. `columns`: the slots that its sequences had when it was launched, which
+        `extras` refer to. The flight before it must have been read."""
+        first, num_rows = self._ring_place(1), logits_BV.shape[0]
+        mask_BW = None
+        if extras.masks is not None:
+            if self._masks is None:
+                self._masks = MaskTable(self.max_seqs, extras.masks.shape[1], self.device)
+            mask_BW = self._masks.set(extras, num_rows)
+        if extras.is_masks_alone and self.graphs is not None:
+            self.graphs.draw(logits_BV, mode, mask_BW)
+        else:
+            self.draw_step(logits_BV, mode, extras, mask_BW)
+        return self._ring_flight(columns, first, self._top(logits_BV, extras))
+
+    def _top(self, logits_BV: Tensor, extras: Extras | None) -> tuple[Tensor, Tensor] | None:
+        """Ids and log-probabilities [B, 1, k] of the likeliest tokens, on their way to the host."""
+        if extras is None or not extras.num_top:
+            return None
+        values, ids = logits_BV.float().log_softmax(-1).topk(extras.num_top)
+        return self.download(ids[:, None]), self.download(values[:, None])
 
     def draw(self, pending: Pending, mode: Mode, extras: Extras | None = None) -> Flight:
         """Draw the tokens of a step's logits and note them in the sequences' rows."""
@@ -308,10 +345,7 @@ class Runner:
         numbers = torch.tensor([pending.positions, [s.num_launched - 1 for s in pending.sequences]])
         positions_B, steps_B = self.upload(numbers)
         rows.step.index_copy_(0, rows_B, steps_B)
-        top = None
-        if extras is not None and extras.num_top:
-            values, ids = pending.logits_BV.float().log_softmax(-1).topk(extras.num_top)
-            top = (self.download(ids[:, None]), self.download(values[:, None]))
+        top = self._top(pending.logits_BV, extras)
         tokens_B, logprobs_B = draw(
             pending.logits_BV, rows, rows_B, mode, self.counts_RV, self.vocab_size, extras, self.upload
         )
@@ -345,6 +379,16 @@ class Runner:
         event = torch.cuda.Event()
         event.record()
         return event
+
+    def release(self) -> None:
+        """Give the memory of caches and recorded steps back; nothing can be computed afterwards."""
+        if self.on_gpu:
+            with contextlib.suppress(RuntimeError):  # the failure that has ended the engine, once more
+                torch.cuda.synchronize(self.device)
+        self.caches, self.counts_RV = [], None
+        self.graphs = self.short_prompts = self._masks = None
+        if self.draft is not None:
+            self.draft.caches = []
 
     def rehearse(self, num_tokens: int) -> None:
         """The largest step there can be, without a cache, so that its memory can be measured."""

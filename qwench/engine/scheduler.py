@@ -41,15 +41,18 @@ class Scheduler:
         max_step_tokens: int,
         decode_steps: int,
         *,
+        idle_step_tokens: int | None = None,
         deterministic: bool = False,
         draft_model: bool = False,
     ) -> None:
         """Each of `max_seqs` sequences needs a token of the `max_step_tokens`, so that all of them get on.
+        `idle_step_tokens` is the budget of a step in which no answer goes on.
 
         `draft_model`: blocks are shared with a draft model, and can be found again only when both have filled them.
         """
         assert max_seqs <= max_step_tokens
         self.pool, self.max_seqs, self.max_step_tokens = pool, max_seqs, max_step_tokens
+        self.idle_step_tokens = idle_step_tokens or max_step_tokens
         self.decode_steps, self.deterministic, self.draft_model = decode_steps, deterministic, draft_model
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
@@ -76,7 +79,6 @@ class Scheduler:
         who reads the step counts those that were accepted.
         """
         step = Step()
-        budget = self.max_step_tokens
         reading = any(s.is_prefilling for s in self.running) or bool(self.waiting and self.free_slots)
         wanted = 1 if reading else min(self.decode_steps, max_steps or self.decode_steps)
         decodes = [s for s in self.running if not s.is_prefilling and not s.is_launched]
@@ -89,7 +91,8 @@ class Scheduler:
                 continue
             step.decodes.append(sequence)
         step.decodes = [s for s in step.decodes if s.slot >= 0]
-        budget -= len(step.decodes)
+        writing = any(not s.is_prefilling for s in self.running)
+        budget = self.max_step_tokens - len(step.decodes) if writing else self.idle_step_tokens
         for sequence in [s for s in self.running if s.is_prefilling]:
             if budget > 0:
                 budget -= self._add_chunk(step, sequence, budget)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from qwench.engine.answer import Answer
 from qwench.engine.blocks import prefix_hashes
 from qwench.ops.sampling import uses_filters
@@ -22,14 +24,23 @@ class Sequence:
     """
 
     def __init__(
-        self, prompt: list[int], params: SamplingParams, seed: int, answer: Answer, sink: Callable[[Chunk], None] | None
+        self,
+        prompt: np.ndarray | list[int],
+        params: SamplingParams,
+        seed: int,
+        answer: Answer,
+        sink: Callable[[Chunk], None] | None,
     ) -> None:
-        self.prompt, self.params, self.seed, self.answer = prompt, params, seed, answer
+        self._prompt = np.asarray(prompt, np.int32)  # for hashes, where a long list would take time
+        self.prompt: list[int] = prompt if isinstance(prompt, list) else prompt.tolist()
+        self.params, self.seed, self.answer = params, seed, answer
         self.sink = sink
         """Called on the engine's thread with what is new after each step; None for who reads only the end."""
         self.on_end: Callable[[], None] = lambda: None
         self.on_failure: Callable[[BaseException], None] = lambda failure: None
         self.matcher: Matcher | None = None
+        self.grammar_end: int | None = None
+        """Which of the tokens that were heard last has completed the grammar."""
         self.penalised, self.filtered = is_penalised(params), uses_filters(params)
         self.needs_host = bool(params.logit_bias or params.min_tokens or params.grammar or params.top_logprobs)
         """Each token needs something from the host before it can be drawn, or more of the logits afterwards."""
@@ -87,7 +98,8 @@ class Sequence:
         return self.prompt + self.outputs if self.outputs else self.prompt
 
     def update_hashes(self, block_size: int) -> list[bytes]:
-        self.hashes = prefix_hashes(self.known_tokens(), block_size, self.hashes)
+        tokens = self.known_tokens() if self.outputs else self._prompt
+        self.hashes = prefix_hashes(tokens, block_size, self.hashes)
         return self.hashes
 
 

@@ -21,11 +21,12 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qwench.ops.attention import AttnMeta, KVCache
+from qwench.ops.dispatch import batch_invariant
 from qwench.ops.rope import Rope
 from qwench.ops.triton_launch import runs_triton
 
 HALF = (torch.float16, torch.bfloat16)
-MAX_SHORT_QUERIES = 16
+MAX_SHORT_QUERIES = 32
 """Sequences with at most this many new tokens each go through the paged kernel instead of a gathered copy."""
 
 
@@ -38,7 +39,8 @@ def attention(
     if cache is None:
         return _packed(q_THD, k_TKD, v_TKD, meta.cu_q, meta.cu_q, meta.max_q, meta.max_q, window)
     num_seqs, num_decodes = meta.cu_q.numel() - 1, meta.num_decodes
-    if num_decodes == num_seqs or meta.max_q <= MAX_SHORT_QUERIES:
+    # Batch-invariant: a prompt is read by one kernel, whatever stands beside it.
+    if num_decodes == num_seqs or (meta.max_q <= MAX_SHORT_QUERIES and not batch_invariant()):
         return _few(q_THD, meta, cache, window, 1 if num_decodes == num_seqs else meta.max_q)
     if num_decodes == 0:
         return _prefill(q_THD, k_TKD, v_TKD, meta, cache, window)
@@ -71,8 +73,10 @@ def attention(
 
 
 def decodes(q_THD: Tensor, meta: AttnMeta) -> bool:
-    """Whether `decode` serves this step: one query a sequence, in half precision."""
-    return meta.num_decodes == meta.cu_q.numel() - 1 and q_THD.dtype in HALF and runs_triton(q_THD.device)
+    """Whether `decode` serves this step: one query a sequence, in half precision. Never when batch-invariant: beside
+    prompts, other kernels do what it does."""
+    only_decodes = meta.num_decodes == meta.cu_q.numel() - 1 and not batch_invariant()
+    return only_decodes and q_THD.dtype in HALF and runs_triton(q_THD.device)
 
 
 def decode(
@@ -120,7 +124,7 @@ def _packed(
 ) -> Tensor:
     """Causal attention of packed sequences whose queries are the last of their keys."""
     grad = torch.is_grad_enabled() and q_THD.requires_grad
-    one = cu_q.numel() == 2 and max_q == max_k and window is None
+    one = cu_q.numel() == 2 and max_q == max_k and window is None and not batch_invariant()
     if not grad and (flash := flash_attention_4()) is not None:
         left = window - 1 if window is not None else None
         out = flash(

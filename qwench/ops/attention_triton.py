@@ -13,7 +13,6 @@ Shape suffixes as in `attention.py`; M rows of one program (queries of one seque
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,27 +24,53 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from qwench.ops.attention import AttnMeta, KVCache
 from qwench.ops.dispatch import batch_invariant
+from qwench.ops.elementwise_triton import product
 from qwench.ops.rope import Rope
 from qwench.ops.triton_launch import dependent_launch, options, zeroed_counters
 
 LOG2E = 1.4426950408889634
-MAX_SPLITS, INVARIANT_SPLITS = 64, 16
+MAX_ROWS = 32
+"""Rows of a program; where a sequence has more, several share its keys."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """How a program works: keys at a time, warps, loads in flight, fewest keys worth a program of their own."""
+    """How the keys of a sequence are shared out, and how a program works."""
 
-    keys: int = 128
-    num_warps: int = 4
-    num_stages: int = 3
-    min_keys: int = 128
+    keys: int
+    """At a time."""
+    num_warps: int
+    num_stages: int
+    """Loads in flight, and one."""
+    min_keys: int
+    """Fewest keys worth a program of their own."""
+    splits: int
+    """Most programs for the keys of one sequence, a power of two."""
+
+
+INVARIANT = Tile(keys=128, num_warps=4, num_stages=3, min_keys=128, splits=16)
+
+
+def tile_for(num_units: int, head_size: int) -> Tile:
+    """What was measured best on an H200, or next to it, for so many pairs of a sequence and a key head.
+
+    A mix of lengths, 850 keys on average: few units need many programs each, many only a remedy for the longest.
+    """
+    if num_units >= 512:
+        return Tile(keys=64, num_warps=4, num_stages=3, min_keys=512, splits=1)
+    if num_units >= 192:
+        return Tile(keys=64, num_warps=2 if head_size <= 64 else 4, num_stages=3, min_keys=512, splits=4)
+    if num_units >= 96:
+        return Tile(keys=64, num_warps=4, num_stages=3, min_keys=256, splits=8)
+    if num_units >= 24:
+        return Tile(keys=64, num_warps=4, num_stages=3, min_keys=128, splits=16)
+    return Tile(keys=64, num_warps=4, num_stages=2, min_keys=128 if num_units > 4 else 64, splits=64)
 
 
 @triton.jit
-def _range_of_split(length, begin, split, SPLITS: tl.constexpr, N: tl.constexpr, MIN: tl.constexpr):
+def _range_of_split(length, begin, split, min_keys, SPLITS: tl.constexpr, N: tl.constexpr):
     """(number of splits in use, first key, end) of a program's share of the keys begin..length."""
-    used = tl.minimum(tl.maximum(tl.cdiv(length - begin, MIN), 1), SPLITS)
+    used = tl.minimum(tl.maximum(tl.cdiv(length - begin, min_keys), 1), SPLITS)
     share = tl.cdiv(tl.cdiv(length - begin, used), N) * N
     used = tl.maximum(tl.cdiv(length - begin, share), 1)  # rounding up may leave the last ones without keys
     start = begin + split * share
@@ -76,14 +101,16 @@ def _finish(
             top = tl.max(lse_MS, 1)
             norm = tl.sum(tl.exp2(lse_MS - tl.where(top == float("-inf"), 0.0, top)[:, None]), 1)
             merged = tl.zeros([M, D], tl.float32)
-            for at in range(0, used):
-                one = tl.load(part_lse + rows * SPLITS + at, mask=live, other=float("-inf"), cache_modifier=".cg")
-                part = tl.load(
-                    part_out + (rows * SPLITS + at)[:, None] * D + cols[None, :],
-                    mask=live[:, None], other=0.0, cache_modifier=".cg",
-                )  # fmt: skip
-                weight = tl.exp2(one - top) / norm
-                merged += part * tl.where(live, weight, 0.0)[:, None]
+            for first in range(0, used, 4):
+                for other in tl.static_range(4):  # four parts a turn: it waits once for memory
+                    at = first + other
+                    mine = live & (at < used)
+                    one = tl.load(part_lse + rows * SPLITS + at, mask=mine, other=float("-inf"), cache_modifier=".cg")
+                    part = tl.load(
+                        part_out + (rows * SPLITS + at)[:, None] * D + cols[None, :],
+                        mask=mine[:, None], other=0.0, cache_modifier=".cg",
+                    )  # fmt: skip
+                    merged += part * tl.where(mine, tl.exp2(one - top) / norm, 0.0)[:, None]
             tl.store(out_ptrs, merged, mask=live[:, None])
             tl.store(counter, 0)
 
@@ -100,32 +127,37 @@ def _absorb(q_MD, k_ND, v_ND, seen, scale, best, total, acc):
 
 
 @triton.jit
-def _tile(keys, values, table_row, at, stop, head_offset, cols, stride_kn, stride_kp, dtype: tl.constexpr,
-          P: tl.constexpr, N: tl.constexpr):  # fmt: skip
-    """Keys and values [N, D] of the positions from `at`, and which of them lie before `stop`."""
+def _places(table_row, at, stop, head_offset, stride_kn, stride_kp, P: tl.constexpr, N: tl.constexpr):
+    """Where in the cache the positions from `at` lie, [N] offsets. Only those before `stop` are in the table."""
     pos = at + tl.arange(0, N)
-    valid = pos < stop
-    block = tl.load(table_row + pos // P, mask=valid, other=0).to(tl.int64)
-    place = (block * stride_kn + (pos % P) * stride_kp + head_offset)[:, None] + cols[None, :]
-    k_ND = tl.load(keys + place, mask=valid[:, None], other=0.0).to(dtype)
-    v_ND = tl.load(values + place, mask=valid[:, None], other=0.0).to(dtype)
+    block = tl.load(table_row + pos // P, mask=pos < stop, other=0).to(tl.int64)
+    return block * stride_kn + (pos % P) * stride_kp + head_offset
+
+
+@triton.jit
+def _tile(keys, values, places, cols, at, stop, dtype: tl.constexpr, N: tl.constexpr):
+    """Keys and values [N, D] of the positions from `at`, and which of them lie before `stop`."""
+    valid = at + tl.arange(0, N) < stop
+    places = places[:, None] + cols[None, :]
+    k_ND = tl.load(keys + places, mask=valid[:, None], other=0.0).to(dtype)
+    v_ND = tl.load(values + places, mask=valid[:, None], other=0.0).to(dtype)
     return k_ND, v_ND, valid
 
 
 @triton.jit
 def _turn(x, partner, cos, sin, sign, dtype: tl.constexpr):
     """x cos + sign * partner sin, rounded after each operation as tensors of `dtype` would be."""
-    turned = (x * cos).to(dtype).to(tl.float32) + sign * (partner * sin).to(dtype).to(tl.float32)
+    turned = product(x, cos).to(dtype).to(tl.float32) + sign * product(partner, sin).to(dtype).to(tl.float32)
     return turned.to(dtype)
 
 
 @triton.jit
 def _decode_kernel(
     q, k, v, position_ptr, inv_freq_ptr, slots, keys, values, table, lens, out, part_out, part_lse, counters,
-    scale, window, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
+    scale, window, min_keys, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     stride_kn, stride_kp, stride_kk, stride_table,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, P: tl.constexpr, M: tl.constexpr,
-    N: tl.constexpr, MIN: tl.constexpr, SPLITS: tl.constexpr, WINDOWED: tl.constexpr, USE_PDL: tl.constexpr,
+    N: tl.constexpr, SPLITS: tl.constexpr, WINDOWED: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     """One query a sequence, not yet rotated; its key and value are not in the cache yet.
 
@@ -143,7 +175,7 @@ def _decode_kernel(
     begin = 0
     if WINDOWED:
         begin = tl.maximum(length - window, 0)
-    used, start, stop = _range_of_split(length, begin, split, SPLITS, N, MIN)  # pyright: ignore[reportGeneralTypeIssues]
+    used, start, stop = _range_of_split(length, begin, split, min_keys, SPLITS, N)  # pyright: ignore[reportGeneralTypeIssues]
     if split >= used:
         if USE_PDL:
             gdc_wait()
@@ -152,9 +184,10 @@ def _decode_kernel(
     inv_freq = tl.load(inv_freq_ptr + cols % R)
     table_row = table + seq * stride_table
     old_stop = tl.minimum(stop, old)
-    k_ND, v_ND, valid = _tile(  # pyright: ignore[reportGeneralTypeIssues]
-        keys, values, table_row, start, old_stop, head * stride_kk, cols, stride_kn, stride_kp, dtype, P, N
-    )
+    head_offset = head * stride_kk
+    places = _places(table_row, start, old_stop, head_offset, stride_kn, stride_kp, P, N)
+    k_ND, v_ND, valid = _tile(keys, values, places, cols, start, old_stop, dtype, N)  # pyright: ignore[reportGeneralTypeIssues]
+    places = _places(table_row, start + N, old_stop, head_offset, stride_kn, stride_kp, P, N)
     angles = tl.load(position_ptr + seq).to(tl.float32) * inv_freq
     cos = tl.cos(angles).to(dtype).to(tl.float32)[None, :]
     sin = tl.sin(angles).to(dtype).to(tl.float32)[None, :]
@@ -185,9 +218,9 @@ def _decode_kernel(
         acc = acc + v_1D.to(tl.float32)
     best, total, acc = _absorb(q_MD, k_ND, v_ND, valid[None, :], scale, best, total, acc)
     for at in range(start + N, old_stop, N):
-        k_ND, v_ND, valid = _tile(
-            keys, values, table_row, at, old_stop, head * stride_kk, cols, stride_kn, stride_kp, dtype, P, N
-        )
+        k_ND, v_ND, valid = _tile(keys, values, places, cols, at, old_stop, dtype, N)
+        # The table is read a turn ahead: loads whose address is a load of the same turn cannot be kept in flight.
+        places = _places(table_row, at + N, old_stop, head_offset, stride_kn, stride_kp, P, N)
         best, total, acc = _absorb(q_MD, k_ND, v_ND, valid[None, :], scale, best, total, acc)
     out_ptrs = out + seq * (H * D) + h_of_row[:, None] * D + cols[None, :]
     _finish(
@@ -199,13 +232,14 @@ def _decode_kernel(
 @triton.jit
 def _part_kernel(
     q, keys, values, table, lens, cu_q, out, part_out, part_lse, counters,
-    scale, window, stride_qt, stride_qh, stride_kn, stride_kp, stride_kk, stride_table,
+    scale, window, min_keys, stride_qt, stride_qh, stride_kn, stride_kp, stride_kk, stride_table,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, P: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    MIN: tl.constexpr, SPLITS: tl.constexpr, WINDOWED: tl.constexpr, USE_PDL: tl.constexpr,
+    BLOCKS: tl.constexpr, SPLITS: tl.constexpr, WINDOWED: tl.constexpr, USE_PDL: tl.constexpr,
 ):  # fmt: skip
     """Several queries a sequence, already rotated, their keys in the cache."""
-    seq, head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    rows, cols = tl.arange(0, M), tl.arange(0, D)
+    seq, unit, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    head = unit // BLOCKS
+    rows, cols = (unit % BLOCKS) * M + tl.arange(0, M), tl.arange(0, D)
     q_of_row, h_of_row = rows // G, head * G + rows % G
     dtype = q.dtype.element_ty
     if USE_PDL:
@@ -218,7 +252,7 @@ def _part_kernel(
     begin = 0
     if WINDOWED:
         begin = tl.maximum(length - num_q - window + 1, 0)
-    used, start, stop = _range_of_split(length, begin, split, SPLITS, N, MIN)  # pyright: ignore[reportGeneralTypeIssues]
+    used, start, stop = _range_of_split(length, begin, split, min_keys, SPLITS, N)  # pyright: ignore[reportGeneralTypeIssues]
     if split >= used:
         return
     q_ptrs = q + (first_q + q_of_row)[:, None] * stride_qt + h_of_row[:, None] * stride_qh + cols[None, :]
@@ -228,10 +262,11 @@ def _part_kernel(
     best = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
     acc = tl.zeros([M, D], tl.float32)
+    head_offset = head * stride_kk
+    places = _places(table_row, start, stop, head_offset, stride_kn, stride_kp, P, N)
     for at in range(start, stop, N):
-        k_ND, v_ND, valid = _tile(
-            keys, values, table_row, at, stop, head * stride_kk, cols, stride_kn, stride_kp, dtype, P, N
-        )
+        k_ND, v_ND, valid = _tile(keys, values, places, cols, at, stop, dtype, N)
+        places = _places(table_row, at + N, stop, head_offset, stride_kn, stride_kp, P, N)
         pos = (at + tl.arange(0, N))[None, :]
         seen = valid[None, :] & (pos <= position)
         if WINDOWED:
@@ -240,7 +275,7 @@ def _part_kernel(
     out_ptrs = out + (first_q + q_of_row)[:, None] * (H * D) + h_of_row[:, None] * D + cols[None, :]
     _finish(
         acc, best, total, out_ptrs, live, part_out, part_lse, (first_q + q_of_row) * H + h_of_row,
-        counters + seq * (H // G) + head, split, used, cols, D, M, SPLITS,
+        counters + seq * (H // G) * BLOCKS + unit, split, used, cols, D, M, SPLITS,
     )  # fmt: skip
 
 
@@ -263,10 +298,10 @@ def decode_attention(
     num_seqs, heads, size = q_BHD.shape
     kv_heads = keys.shape[2]
     work = _Work.of(q_BHD, num_seqs, kv_heads, window, tile)
-    launch: Any = _decode_kernel[(num_seqs, kv_heads, work.splits)]
+    launch: Any = _decode_kernel[(num_seqs, kv_heads, work.tile.splits)]
     launch(
         q_BHD, k_BKD, v_BKD, rope.positions_T, rope.inv_freq_R, meta.slots, keys, values, meta.block_table, meta.lens_k,
-        work.out, work.part_out, work.part_lse, work.counters, size**-0.5 * LOG2E, window or 0,
+        work.out, work.part_out, work.part_lse, work.counters, size**-0.5 * LOG2E, window or 0, work.tile.min_keys,
         q_BHD.stride(0), q_BHD.stride(1), k_BKD.stride(0), k_BKD.stride(1), v_BKD.stride(0), v_BKD.stride(1),
         keys.stride(0), keys.stride(1), keys.stride(2), meta.block_table.stride(0),
         H=heads, G=heads // kv_heads, D=size, P=keys.shape[1],
@@ -286,13 +321,15 @@ def paged_attention(
     heads, size = q_THD.shape[1:]
     num_seqs, kv_heads = meta.lens_k.numel(), keys.shape[2]
     group = heads // kv_heads
-    work = _Work.of(q_THD, num_seqs, kv_heads, window, tile)
-    launch: Any = _part_kernel[(num_seqs, kv_heads, work.splits)]
+    num_rows = min(max(16, triton.next_power_of_2(max_q * group)), MAX_ROWS)
+    row_blocks = -(-max_q * group // num_rows)
+    work = _Work.of(q_THD, num_seqs, kv_heads * row_blocks, window, tile)
+    launch: Any = _part_kernel[(num_seqs, kv_heads * row_blocks, work.tile.splits)]
     launch(
         q_THD, keys, values, meta.block_table, meta.lens_k, meta.cu_q,
-        work.out, work.part_out, work.part_lse, work.counters, size**-0.5 * LOG2E, window or 0,
+        work.out, work.part_out, work.part_lse, work.counters, size**-0.5 * LOG2E, window or 0, work.tile.min_keys,
         q_THD.stride(0), q_THD.stride(1), keys.stride(0), keys.stride(1), keys.stride(2), meta.block_table.stride(0),
-        H=heads, G=group, D=size, P=keys.shape[1], M=max(16, triton.next_power_of_2(max_q * group)), **work.options,
+        H=heads, G=group, D=size, P=keys.shape[1], M=num_rows, BLOCKS=row_blocks, **work.options,
     )  # fmt: skip
     return work.out
 
@@ -301,7 +338,7 @@ def paged_attention(
 class _Work:
     """A launch's output and scratch memory, and the options that both kernels share."""
 
-    splits: int
+    tile: Tile
     out: Tensor
     part_out: Tensor
     part_lse: Tensor
@@ -309,32 +346,20 @@ class _Work:
     options: dict[str, Any]
 
     @staticmethod
-    def of(q_THD: Tensor, num_seqs: int, kv_heads: int, window: int | None, tile: Tile | None) -> _Work:
+    def of(q_THD: Tensor, num_seqs: int, num_units: int, window: int | None, tile: Tile | None) -> _Work:
+        """`num_units` programs share the keys of a sequence's part: its key heads times blocks of rows."""
         device, (num_tokens, heads, size) = q_THD.device, q_THD.shape
-        splits = num_splits(num_seqs * kv_heads, _multiprocessors(device))
-        if batch_invariant():
-            splits = INVARIANT_SPLITS
-        tile = tile or (Tile(keys=64, num_stages=2, min_keys=64) if num_seqs <= 8 else Tile())
+        tile = tile or (INVARIANT if batch_invariant() else tile_for(num_seqs * num_units, size))
+        splits = tile.splits
         out = torch.empty((num_tokens, heads, size), dtype=q_THD.dtype, device=device)
         part_out = part_lse = counters = out
         if splits > 1:
             part_out = torch.empty((num_tokens, heads, splits, size), dtype=torch.float32, device=device)
             part_lse = torch.empty((num_tokens, heads, splits), dtype=torch.float32, device=device)
-            counters = zeroed_counters(device, triton.next_power_of_2(num_seqs * kv_heads))
+            counters = zeroed_counters(device, triton.next_power_of_2(num_seqs * num_units))
         pdl = dependent_launch(device)
         further = dict(
-            N=tile.keys, MIN=tile.min_keys, SPLITS=splits, WINDOWED=window is not None, USE_PDL=pdl,
+            N=tile.keys, SPLITS=splits, WINDOWED=window is not None, USE_PDL=pdl,
             num_warps=tile.num_warps, num_stages=tile.num_stages, **options(pdl),
         )  # fmt: skip
-        return _Work(splits, out, part_out, part_lse, counters, further)
-
-
-def num_splits(num_programs: int, multiprocessors: int) -> int:
-    """Power of two that gives about two programs a multiprocessor, at most MAX_SPLITS."""
-    wanted = 2 * multiprocessors // max(1, num_programs)
-    return max(1, min(MAX_SPLITS, 1 << max(wanted.bit_length() - 1, 0)))
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+        return _Work(tile, out, part_out, part_lse, counters, further)

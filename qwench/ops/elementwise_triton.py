@@ -18,7 +18,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from qwench.ops.triton_launch import dependent_launch, options
+from qwench.ops.triton_launch import dependent_launch, interpreted, options
+
+_INTERPRETED = tl.constexpr(interpreted())
 
 
 @triton.jit
@@ -101,14 +103,22 @@ def swiglu(gate_up: Tensor, pdl: bool | None = None) -> Tensor:
 
 
 @triton.jit
+def product(x, y):
+    """x * y in fp32 that stays apart from a sum behind it: as one fused operation it would not be rounded before."""
+    if _INTERPRETED:
+        return x * y
+    return tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def _rotate(first, second, position, inv_freq, dtype: tl.constexpr):
     """Both halves of rotated heads, rounded after each operation as tensors of `dtype` would be. Called after every
     load has been issued: sines of large angles take a while."""
     angles = position.to(tl.float32) * inv_freq
     cos = tl.cos(angles).to(dtype).to(tl.float32)[None, :]  # pyright: ignore[reportArgumentType]
     sin = tl.sin(angles).to(dtype).to(tl.float32)[None, :]  # pyright: ignore[reportArgumentType]
-    rotated_first = (first * cos).to(dtype).to(tl.float32) - (second * sin).to(dtype).to(tl.float32)
-    rotated_second = (second * cos).to(dtype).to(tl.float32) + (first * sin).to(dtype).to(tl.float32)
+    rotated_first = product(first, cos).to(dtype).to(tl.float32) - product(second, sin).to(dtype).to(tl.float32)
+    rotated_second = product(second, cos).to(dtype).to(tl.float32) + product(first, sin).to(dtype).to(tl.float32)
     return rotated_first.to(dtype), rotated_second.to(dtype)
 
 

@@ -5,7 +5,8 @@
     linear(x, gate_up_weight, norm=(norm_weight, eps), swiglu=True)
 
 * "reference" composes `rms_norm`, `F.linear`, `swiglu` and an addition: differentiable, every dtype.
-* "few" is the same on a CPU, with faster products where there are few tokens (`ops.linear_cpu`).
+* "native" is one kernel of ours on a CPU for all of it, for the fewest tokens in bf16 (`ops.linear_cpu`); else "few".
+* "few" composes on a CPU as well, with faster products where there are few tokens.
 * "fused" is for inference in half precision on a GPU. One token: one Triton kernel for all of it. A few
   tokens: a norm kernel and Triton's tensor-core kernel. More: cuBLAS between Triton's row kernels. Whatever needs a
   gradient, fp32 or mixed dtypes goes to the composition. No host synchronisation: it can be captured.
@@ -159,6 +160,21 @@ def _invariant(
     return y_TN.reshape(*x_TD.shape[:-1], -1)
 
 
+def _native(
+    x_TD: Tensor,
+    weight_ND: Tensor,
+    bias_N: Tensor | None,
+    norm: tuple[Tensor, float] | None,
+    swiglu: bool,
+    residual: Tensor | None,
+    out_dtype: torch.dtype | None,
+) -> Tensor:
+    y_TN = linear_cpu.layer(x_TD, weight_ND, bias_N, norm, swiglu, residual, out_dtype)
+    if y_TN is not None:
+        return y_TN
+    return _reference(x_TD, weight_ND, bias_N, norm, swiglu, residual, out_dtype, linear_cpu.product)
+
+
 def _on_cpu(device: torch.device) -> bool:
     return device.type == "cpu"
 
@@ -168,6 +184,7 @@ LINEAR = Operation(
     [
         Implementation("fused", _fused, triton_launch.runs_triton),
         Implementation("invariant", _invariant, triton_launch.runs_triton),
+        Implementation("native", _native, linear_cpu.runs_native),
         Implementation("few", functools.partial(_reference, product=linear_cpu.product), _on_cpu),
         Implementation("reference", _reference),
     ],

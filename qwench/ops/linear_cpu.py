@@ -1,10 +1,14 @@
-"""Products of a few tokens with a weight matrix on a CPU: a decoding step, which is bound by reading memory.
+"""Linear layers of a few tokens on a CPU: a decoding step, which is bound by reading memory.
 
 Not for many tokens, gradients or other processors: those go to `F.linear`, as does whatever gains nothing here.
-`F.linear` gives oneDNN and MKL a very flat matrix times a large one, which they do not read at the memory's rate. Two
-other calls of torch do better, by up to twice on the processors with bf16 instructions (docs/cpu.md has the figures):
-one bf16 token goes to the matrix-vector product, and a few tokens take the weight as the left operand. All of them
-accumulate in fp32 and round once, bias included.
+`F.linear` gives oneDNN and MKL a very flat matrix times a large one, which they do not read at the memory's rate. What
+does (docs/cpu.md has the figures):
+
+* `layer`: our own kernel (`linear_cpu_native`) computes a whole layer of up to eight bf16 tokens, norm, SwiGLU and
+  residual included.
+* `product`: other calls of torch for more tokens, or where that kernel cannot be had: one bf16 token goes to the
+  matrix-vector product, and a few tokens take the weight as the left operand. All of them accumulate in fp32 and round
+  once, bias included.
 
 Shape suffixes: T tokens, K inputs, N outputs.
 """
@@ -15,12 +19,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from qwench.ops import linear_cpu_native
 from qwench.ops.hardware import cpu_features
 
 MOST_BF16 = 64
 """Most bf16 tokens for which the weight is the left operand."""
 FEWEST_FP32, MOST_FP32 = 4, 32
 """The same in fp32. `F.linear` reads at the memory's rate below, and is bound by arithmetic above."""
+
+
+def runs_native(device: torch.device) -> bool:
+    """Our own kernel runs on `device`: a CPU, where it could be compiled. The first call may take a second or two."""
+    return device.type == "cpu" and linear_cpu_native.load() is not None
+
+
+def layer(
+    x_TK: Tensor,
+    weight_NK: Tensor,
+    bias_N: Tensor | None,
+    norm: tuple[Tensor, float] | None,
+    swiglu: bool,
+    residual: Tensor | None,
+    out_dtype: torch.dtype | None,
+) -> Tensor | None:
+    """`ops.linear` by our own kernel, or None for what it does not compute or would not compute faster."""
+    if (
+        x_TK.ndim != 2
+        or not 1 <= x_TK.shape[0] <= linear_cpu_native.MOST_TOKENS
+        or out_dtype not in (None, torch.bfloat16)
+    ):
+        return None
+    norm_weight = None if norm is None else norm[0]
+    kernel = linear_cpu_native.load()
+    if kernel is None or _recorded(x_TK, weight_NK, bias_N, norm_weight, residual):
+        return None
+    if not linear_cpu_native.suits(x_TK, weight_NK, bias_N, norm_weight, swiglu, residual):
+        return None
+    return linear_cpu_native.linear(kernel, x_TK, weight_NK, bias_N, norm, swiglu, residual)
 
 
 def product(x_TK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:

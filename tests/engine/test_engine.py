@@ -135,7 +135,12 @@ def test_numbers_of_params(open_engine, prompt) -> None:
 def test_the_answer_ends_with_the_room(open_engine, naive, prompt) -> None:
     """The context, max_len, or the cache cut max_tokens, whichever is smallest."""
     free = naive.generate(prompt, ENDLESS)
-    for settings, room in (({}, CONTEXT), ({"max_len": 40}, 40), ({"cache_tokens": 48}, 48), ({"block_size": 64}, 96)):
+    for settings, room in (
+        ({}, CONTEXT),
+        ({"max_len": 40}, 40),
+        ({"cache_tokens": 48, "block_size": 16}, 48),
+        ({"block_size": 64}, 96),
+    ):
         with open_engine(**settings) as engine:
             assert engine.max_len == settings.get("max_len", CONTEXT)
             done = engine.generate([prompt], ENDLESS)[0]

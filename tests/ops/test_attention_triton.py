@@ -84,7 +84,8 @@ def test_decode(shape: tuple[int, int, int], window: int | None, splits: int, mo
     """Rotation, cache write and attention in one kernel = the reference of each, one after the other."""
     from qwench.ops import attention_triton
 
-    monkeypatch.setattr(attention_triton, "num_splits", lambda programs, multiprocessors: splits)
+    tile = attention_triton.Tile(keys=64, num_warps=4, num_stages=2, min_keys=64, splits=splits)
+    monkeypatch.setattr(attention_triton, "tile_for", lambda num_units, head_size: tile)
     heads, kv_heads, size = shape
     lens = [1, 7, 70, 400]
     pages = Pages(lens, 1, shape)
@@ -119,7 +120,8 @@ def test_several_queries(
 ) -> None:
     from qwench.ops import attention_triton
 
-    monkeypatch.setattr(attention_triton, "num_splits", lambda programs, multiprocessors: splits)
+    tile = attention_triton.Tile(keys=64, num_warps=4, num_stages=2, min_keys=64, splits=splits)
+    monkeypatch.setattr(attention_triton, "tile_for", lambda num_units, head_size: tile)
     heads, kv_heads, size = shape
     lens, counts = [9, 70, 300], [3, 1, 5]
     cache = Pages(lens, 0, shape).cache()

@@ -34,8 +34,8 @@ KERNELS = runs_triton(DEVICE)
 needs_kernels = pytest.mark.skipif(not KERNELS, reason="no GPU; the interpreter's run of this file covers it")
 HALF = [torch.float16, *([torch.bfloat16] if DEVICE.type == "cuda" else [])]
 DTYPES = [*HALF, torch.float32]
-STEP = {torch.float32: 2e-6, torch.float16: 1.1e-3, torch.bfloat16: 8e-3}
-"""Relative size of a last place, with some room for fp32."""
+STEP = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+"""Relative size of two last places, with some room for fp32."""
 
 
 def test_kernels_in_the_interpreter() -> None:
