@@ -89,6 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shape", choices=["0.5b", "1.5b", "3b", "7b"])
     parser.add_argument("--vocabulary", type=Path, required=True)
+    parser.add_argument("--only", default="default,deterministic,fp8", help="engines to measure")
     args = parser.parse_args()
     model = random_model(preset(f"qwen2.5-{args.shape}"))
     tokenizer = Tokenizer.load(args.vocabulary)
@@ -101,6 +102,8 @@ def main() -> None:
         "deterministic": EngineConfig(deterministic=True),
         "fp8": EngineConfig(cache_dtype="fp8"),
     }.items():
+        if name not in args.only.split(","):
+            continue
         try:
             with Engine(model, tokenizer=tokenizer, config=config) as engine:
                 found: dict[str, Any] = {
