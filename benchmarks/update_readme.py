@@ -34,6 +34,13 @@ def rows() -> list[str]:
             f"| Qwen2.5-Coder-0.5B, {dtype}, greedy, tokens/s | {speed['qwench']:.1f} "
             f"| transformers {speed['transformers']:.1f} ({same}) | {result['roofline']:.1f} (memory) |"
         )
+    loads = figures("engine_cpu_bfloat16")["workloads"]
+    for load in ("1 stream", "4 streams", "8 streams"):
+        rates = {name: run["tokens_per_s"] for name, run in loads[load].items()}
+        named = {"llama.cpp bf16": "bf16", "llama.cpp q4_k_m": "q4_k_m"}
+        peers = [f"transformers {rates['transformers']:.1f}"]
+        peers += [f"{label} {rates[name]:.1f}" for label, end in named.items() for name in rates if name.endswith(end)]
+        lines.append(f"| the same model served, bf16, {load}, tokens/s | {rates['qwench']:.1f} | {', '.join(peers)} | |")
     return lines
 
 

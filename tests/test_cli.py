@@ -165,6 +165,7 @@ def test_idle_threads_sleep_unless_the_user_says_otherwise(monkeypatch, capsys) 
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     assert cli.main(["config", "show", "model"]) == 0
     assert os.environ["GOMP_SPINCOUNT"] == "1000"
+    assert os.environ["THP_MEM_ALLOC_ENABLE"] == "1"
     monkeypatch.setenv("GOMP_SPINCOUNT", "7")
     assert cli.main(["config", "show", "model"]) == 0
     assert os.environ["GOMP_SPINCOUNT"] == "7"

@@ -176,11 +176,12 @@ class Core:
             params = sequence.params
             if sequence.is_finished:
                 continue
-            for row in rows:
-                extras.edits += [(row, token, value) for token, value in params.logit_bias.items()]
-            num_banned = max(0, params.min_tokens - sequence.num_launched + 1)
-            banned += [(row, sequence) for row in rows[:num_banned]]
-            extras.num_top = max(extras.num_top, params.top_logprobs)
+            if params.logit_bias:
+                extras.edits += [(row, token, value) for row in rows for token, value in params.logit_bias.items()]
+            if (num_banned := params.min_tokens - sequence.num_launched + 1) > 0:
+                banned += [(row, sequence) for row in rows[:num_banned]]
+            if params.top_logprobs > extras.num_top:
+                extras.num_top = params.top_logprobs
             if sequence.matcher is not None:
                 constrained.append((rows.start, sequence))
         if constrained:
@@ -217,7 +218,7 @@ class Core:
         sequences = [s for s in sequences if s.matcher is not None and not s.is_finished]
         if not sequences or self.config.tensor_parallel > 1:  # there, other ranks hear of each mask by itself
             return None
-        masks = np.empty((len(sequences), -(-self._num_ids // 32)), np.int32)
+        masks = self.runner.masks.room(len(sequences))
         return _Ahead(sequences, masks) if self._fill(sequences, masks) else None
 
     @staticmethod
@@ -238,7 +239,7 @@ class Core:
             row_of = {sequence: row for row, sequence in enumerate(ahead.sequences)}
             if all(sequence in row_of for sequence in sequences):
                 return ahead.masks[[row_of[sequence] for sequence in sequences]]
-        masks = np.empty((len(sequences), -(-self._num_ids // 32)), np.int32)
+        masks = self.runner.masks.room(len(sequences))
         if self.config.tensor_parallel == 1 and self._fill(sequences, masks):
             return masks
         matchers = [sequence.matcher for sequence in sequences if sequence.matcher is not None]

@@ -50,23 +50,29 @@ class MaskTable:
     """What grammars allow in each row of the state. A recorded draw reads the device's copy, always at one place."""
 
     def __init__(self, num_rows: int, num_words: int, device: torch.device) -> None:
-        on_gpu = device.type == "cuda"
-        self.host = torch.full((num_rows, num_words), -1, dtype=torch.int32, pin_memory=on_gpu)
-        self.device = self.host.to(device, copy=on_gpu)
+        shape = (num_rows, num_words)
+        self._host = torch.empty(shape, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._device = torch.full(shape, -1, dtype=torch.int32, device=device)
         self._masked: set[int] = set()
 
-    def set(self, extras: Extras, num_rows: int) -> Tensor:
-        """The masks of a step whose logits have `num_rows` rows, on the device, [num_rows, ceil(V / 32)].
+    def room(self, count: int) -> np.ndarray:
+        """[count, ceil(V / 32)] int32 to compute masks in. The step that used it before must have been waited for."""
+        return self._host[:count].numpy()
 
-        The step that read the table before must have been waited for.
-        """
-        rows = self.host.numpy()
+    def put(self, extras: Extras, num_rows: int, upload: Callable[[Tensor], Tensor]) -> Tensor:
+        """The masks of a step whose logits have `num_rows` rows, on the device, [num_rows, ceil(V / 32)]."""
         if stale := self._masked.difference(extras.masked):
-            rows[list(stale)] = -1
+            self._device.index_fill_(0, upload(torch.tensor(sorted(stale))), -1)
         self._masked = set(extras.masked)
-        if extras.masked:
-            rows[extras.masked] = extras.masks
-        return self.device[:num_rows].copy_(self.host[:num_rows], non_blocking=True)
+        if extras.masks is not None:
+            masks = torch.from_numpy(extras.masks)
+            count = len(masks)
+            if masks.data_ptr() == self._host.data_ptr():  # in `room`, so it is pinned
+                new = self._host[:count].to(self._device.device, non_blocking=True)
+            else:
+                new = upload(masks)
+            self._device.index_copy_(0, upload(torch.tensor(extras.masked)), new)
+        return self._device[:num_rows]
 
 
 def mode_of(sequences: Iterable[Sequence]) -> Mode:

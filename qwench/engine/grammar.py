@@ -227,7 +227,7 @@ def _fill_together(
     compiler: GrammarCompiler, matchers: Sequence[Matcher], rows: Sequence[np.ndarray] | np.ndarray
 ) -> None:
     block = rows if isinstance(rows, np.ndarray) else np.empty((len(matchers), compiler.num_words), np.int32)
-    for row in rows[: len(matchers)]:
+    for row in rows[:1] if isinstance(rows, np.ndarray) else rows[: len(matchers)]:
         compiler.check_row(row)
     if not block.flags["C_CONTIGUOUS"]:
         raise ValueError("the masks must be one array without gaps, or a list of rows")
@@ -305,6 +305,14 @@ class Matcher:
         """Go on by a token. Raises ValueError, and stays where it is, for one that the mask does not allow."""
         if self.error is not None:
             raise self.error
+        if (
+            self._ends == 0
+            and token_id not in self.compiler.eos_token_ids
+            and token_id >= 0
+            and self._advance(token_id)
+        ):
+            self._note(token_id)  # nearly always
+            return
         if token_id in self.compiler.eos_token_ids and self.is_complete:
             self._ends += 1
             return
@@ -317,6 +325,9 @@ class Matcher:
             raise self.error
         if not allowed:
             raise ValueError(f"token {token_id} is not allowed by the {self._grammar.kind} grammar here")
+        self._note(token_id)
+
+    def _note(self, token_id: int) -> None:
         self._tokens.append(token_id)
         if self._automaton is not None:
             self._automaton.num_tokens += 1

@@ -320,14 +320,18 @@ class Runner:
         first, num_rows = self._ring_place(1), logits_BV.shape[0]
         mask_BW = None
         if extras.masks is not None:
-            if self._masks is None:
-                self._masks = MaskTable(self.max_seqs, extras.masks.shape[1], self.device)
-            mask_BW = self._masks.set(extras, num_rows)
+            mask_BW = self.masks.put(extras, num_rows, self.upload)
         if extras.is_masks_alone and self.graphs is not None:
             self.graphs.draw(logits_BV, mode, mask_BW)
         else:
             self.draw_step(logits_BV, mode, extras, mask_BW)
         return self._ring_flight(columns, first, self._top(logits_BV, extras))
+
+    @property
+    def masks(self) -> MaskTable:
+        if self._masks is None:
+            self._masks = MaskTable(self.max_seqs, -(-self.model.config.vocab_size // 32), self.device)
+        return self._masks
 
     def _top(self, logits_BV: Tensor, extras: Extras | None) -> tuple[Tensor, Tensor] | None:
         """Ids and log-probabilities [B, 1, k] of the likeliest tokens, on their way to the host."""

@@ -94,6 +94,10 @@ def assert_idle(engine: Engine) -> None:
     [
         ([], {}, "the prompt is empty; give at least one token"),
         ("Hello", {}, "the prompt is a string; give token ids"),
+        (b"Hello", {}, "the prompt is a string; give token ids"),
+        ([1, 2.5], {}, "the prompt has something that is no token id"),
+        ([1, None], {}, "the prompt has something that is no token id"),
+        ([2**80], {}, "the prompt has something that is no token id"),
         ([1, 512], {}, "token id 512 is outside the model's rows 0 to 511"),
         ([-1], {}, "token id -1 is outside"),
         ([1] * CONTEXT, {}, r"has 96 tokens, but the context \(max_len\) holds 95 and one of the answer; shorten"),
@@ -161,6 +165,8 @@ def test_the_answer_ends_with_the_room(open_engine, naive, prompt) -> None:
         (["cache_tokens=0"], "cache_tokens is 0; give at least 1"),
         (["decode_steps=65"], "decode_steps is 65; give at most 64"),
         (["max_seqs=8", "max_step_tokens=7"], r"max_step_tokens is 7, but 8 sequences \(max_seqs\) need a token each"),
+        (["max_step_tokens=7", "idle_step_tokens=6"], r"idle_step_tokens is 6, less than max_step_tokens \(7\)"),
+        (["idle_step_tokens=0"], "idle_step_tokens is 0; give at least 1"),
         (["speculate=draft"], "speculate=draft needs draft_model"),
         (["draft_tokens=16"], "draft_tokens is 16; give 1 to 15"),
     ],
@@ -187,6 +193,7 @@ def test_decided_settings(open_engine) -> None:
         config = open_engine(**given).config
         assert (config.max_len, config.max_seqs, config.max_step_tokens) == want
         assert config.decode_steps == 1
+        assert config.idle_step_tokens == config.max_step_tokens
 
 
 def test_tokenizer_and_model(model, make_model, tiny_config, tiny_tokenizer) -> None:
@@ -339,6 +346,7 @@ def test_close(open_engine, long_model, prompt) -> None:
     engine.close()
     assert engine.failure is None
     assert_idle(engine)
+    assert engine._core.runner.caches == [], "the cache's memory is free again"
     for request in (lambda: engine.generate([prompt], params()), lambda: engine.stream(prompt, params())):
         with pytest.raises(RuntimeError, match="the engine is closed; start a new one"):
             request()

@@ -237,6 +237,27 @@ def test_a_crowd(deterministic: bool, ahead: bool, grammar: bool, tiny_tokenizer
     assert scheduler.num_preemptions > 0
 
 
+def test_a_long_pass_while_nobody_waits(tiny_tokenizer: Tokenizer) -> None:
+    """Prompts are read in larger chunks while no answer is being written."""
+
+    def sequence(length: int) -> Sequence:
+        answer = Answer(tiny_tokenizer, SamplingParams(max_tokens=9), frozenset(), 9, streaming=False)
+        return Sequence([5] * length, answer.params, 0, answer, None)
+
+    scheduler = Scheduler(BlockPool(60, 4, caching=False), 3, 10, 4, idle_step_tokens=24)
+    first, second = sequence(20), sequence(40)
+    scheduler.add(first)
+    scheduler.add(second)
+    sizes = []
+    while second.is_prefilling:
+        step = scheduler.plan(in_flight=False)
+        assert step is not None
+        sizes.append((len(step.decodes), [count for _, _, count in step.chunks]))
+        if first.num_launched == 1:
+            first.answer.push(5, 0.0)
+    assert sizes == [(0, [20, 4]), (1, [9]), (1, [9]), (1, [9]), (1, [9])]
+
+
 def test_budget_goes_to_answers_first(tiny_tokenizer: Tokenizer) -> None:
     """A long prompt is read in the room that running answers leave, and they get a token in every step."""
 
