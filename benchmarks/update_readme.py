@@ -40,7 +40,9 @@ def rows() -> list[str]:
         named = {"llama.cpp bf16": "bf16", "llama.cpp q4_k_m": "q4_k_m"}
         peers = [f"transformers {rates['transformers']:.1f}"]
         peers += [f"{label} {rates[name]:.1f}" for label, end in named.items() for name in rates if name.endswith(end)]
-        lines.append(f"| the same model served, bf16, {load}, tokens/s | {rates['qwench']:.1f} | {', '.join(peers)} | |")
+        lines.append(
+            f"| the same model served, bf16, {load}, tokens/s | {rates['qwench']:.1f} | {', '.join(peers)} | |"
+        )
     return lines
 
 

@@ -321,7 +321,7 @@ def paged_attention(
     heads, size = q_THD.shape[1:]
     num_seqs, kv_heads = meta.lens_k.numel(), keys.shape[2]
     group = heads // kv_heads
-    num_rows = min(max(16, triton.next_power_of_2(max_q * group)), MAX_ROWS)
+    num_rows = min(max(16, 1 << (max_q * group - 1).bit_length()), MAX_ROWS)
     row_blocks = -(-max_q * group // num_rows)
     work = _Work.of(q_THD, num_seqs, kv_heads * row_blocks, window, tile)
     launch: Any = _part_kernel[(num_seqs, kv_heads * row_blocks, work.tile.splits)]
