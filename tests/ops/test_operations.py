@@ -23,7 +23,9 @@ def alternatives(name: str, device: str) -> list[Implementation]:
 
 def error(got: Tensor, want: Tensor) -> float:
     """Relative error in the 2-norm; NaN counts as infinite."""
-    value = float((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-12))
+    value = float(
+        (got.detach().double() - want.detach().double()).norm() / want.detach().double().norm().clamp_min(1e-12)
+    )
     return float("inf") if value != value else value
 
 
