@@ -69,11 +69,6 @@ class EngineConfig:
                 f"max_step_tokens is {self.max_step_tokens}, but {self.max_seqs} sequences (max_seqs) need a token "
                 "each in every step; raise max_step_tokens or lower max_seqs"
             )
-        if (self.idle_step_tokens or self.max_step_tokens or 0) < (self.max_step_tokens or 0):
-            raise ValueError(
-                f"idle_step_tokens is {self.idle_step_tokens}, less than max_step_tokens ({self.max_step_tokens}); "
-                "give at least as many"
-            )
         if not 1 <= self.draft_tokens <= 15:
             raise ValueError(f"draft_tokens is {self.draft_tokens}; give 1 to 15")
         if self.speculate == "draft" and self.draft_model is None:

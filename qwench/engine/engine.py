@@ -166,6 +166,11 @@ class Engine:
         most_seqs, most_tokens = (1024, 16384) if on_gpu else (16, 1024)
         max_step_tokens = config.max_step_tokens or max(most_tokens, config.max_seqs or 0)
         idle_step_tokens = config.idle_step_tokens or max_step_tokens
+        if idle_step_tokens < max_step_tokens:  # memory is measured with the larger one
+            raise ValueError(
+                f"idle_step_tokens is {idle_step_tokens}, less than max_step_tokens ({max_step_tokens}); give at least "
+                "as many, or lower max_step_tokens as well"
+            )
         if on_gpu and config.max_step_tokens is None and config.idle_step_tokens is None:
             idle_step_tokens = max(max_step_tokens, long_pass_tokens(self.model.config, weight.device))
         return replace(
