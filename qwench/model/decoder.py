@@ -41,12 +41,20 @@ class Linear(nn.Linear):
     Training keeps fp32 master weights and feeds bf16 activations; the gradients arrive in fp32.
     """
 
+    def reset_parameters(self) -> None:
+        """Nothing: `init_weights` or a checkpoint follows. (torch's, without memory, imports its compiler: seconds.)"""
+
     def forward(
         self, input: Tensor, *, norm: RMSNorm | None = None, swiglu: bool = False, residual: Tensor | None = None
     ) -> Tensor:
         """[T, K] -> [T, N] or, with SwiGLU, [T, N / 2]: norm, product, SwiGLU, + residual. See `ops.linear`."""
         before = (norm.weight, norm.eps) if norm is not None else None
         return linear(input, self.weight, self.bias, norm=before, swiglu=swiglu, residual=residual)
+
+
+class Embedding(nn.Embedding):
+    def reset_parameters(self) -> None:
+        """Nothing, as in `Linear`."""
 
 
 class Attention(nn.Module):
@@ -101,7 +109,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.compute_dtype: torch.dtype | None = None
@@ -143,8 +151,14 @@ class CausalLM(nn.Module):
         if dtype is not None:
             self.to(dtype)
         if torch.device(device or "cpu").type != "meta":
-            self.to_empty(device=device or "cpu")
+            self._allocate(device or "cpu")
             self._tie()
+
+    def _allocate(self, device: torch.device | str) -> None:
+        """torch's `to_empty` imports its compiler, which takes seconds."""
+        for module in self.modules():
+            for name, shape in list(module.named_parameters(recurse=False)):
+                setattr(module, name, nn.Parameter(torch.empty(shape.shape, dtype=shape.dtype, device=device)))
 
     def _tie(self) -> None:
         if self.config.tie_word_embeddings:

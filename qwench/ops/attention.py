@@ -153,6 +153,10 @@ def _sdpa_call(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, window: int | Non
     num_q, num_k = q_BHTD.shape[2], k_BKSD.shape[2]
     gqa = q_BHTD.shape[1] != k_BKSD.shape[1]
     k_BKSD, v_BKSD = k_BKSD.to(q_BHTD.dtype), v_BKSD.to(q_BHTD.dtype)
+    if gqa and q_BHTD.is_cuda and q_BHTD.dtype == torch.float32:
+        # The only kernel for fp32 that does not write out all scores wants as many key heads as query heads.
+        group = q_BHTD.shape[1] // k_BKSD.shape[1]
+        k_BKSD, v_BKSD, gqa = k_BKSD.repeat_interleave(group, 1), v_BKSD.repeat_interleave(group, 1), False
     windowed = window is not None and window < num_k
     if num_q == 1 and not windowed:  # a single query sees every key
         return F.scaled_dot_product_attention(q_BHTD, k_BKSD, v_BKSD, enable_gqa=gqa)

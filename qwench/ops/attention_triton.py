@@ -1,7 +1,8 @@
 """Triton kernels of paged attention for few queries a sequence: decoding, and drafts to be verified.
 
 Each program reads a part of one sequence's pages once for all query heads that share a key head, and keeps a running
-softmax. Long sequences of a small batch are split over several programs; the last of them to finish merges the parts.
+softmax. In decoding steps of many sequences, the copy engine of the processor fetches whole blocks of the cache (TMA:
+one instruction a block instead of an address an element). Long sequences of a small batch are split over several programs; the last of them to finish merges the parts.
 How often a sequence is split depends on the batch size that the caller was built for and on its own length, and the
 order of the sums on nothing else.
 
@@ -21,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from qwench.ops.attention import AttnMeta, KVCache
 from qwench.ops.dispatch import batch_invariant
@@ -38,7 +40,7 @@ class Tile:
     """How the keys of a sequence are shared out, and how a program works."""
 
     keys: int
-    """At a time."""
+    """At a time; with `whole_blocks` it is a block of the cache."""
     num_warps: int
     num_stages: int
     """Loads in flight, and one."""
@@ -46,6 +48,8 @@ class Tile:
     """Fewest keys worth a program of their own."""
     splits: int
     """Most programs for the keys of one sequence, a power of two."""
+    whole_blocks: bool = False
+    """Decoding fetches whole blocks by TMA, where the cache has the dtype of the queries and no window cuts blocks."""
 
 
 INVARIANT = Tile(keys=128, num_warps=4, num_stages=3, min_keys=128, splits=16)
@@ -56,21 +60,25 @@ def tile_for(num_units: int, head_size: int) -> Tile:
 
     A mix of lengths, 850 keys on average: few units need many programs each, many only a remedy for the longest.
     """
-    if num_units >= 512:
-        return Tile(keys=64, num_warps=4, num_stages=3, min_keys=512, splits=1)
     if num_units >= 192:
-        return Tile(keys=64, num_warps=2 if head_size <= 64 else 4, num_stages=3, min_keys=512, splits=4)
+        num_warps = 1 if head_size <= 64 or num_units >= 512 else 2
+        return Tile(keys=64, num_warps=num_warps, num_stages=3, min_keys=512, splits=4, whole_blocks=True)
     if num_units >= 96:
-        return Tile(keys=64, num_warps=4, num_stages=3, min_keys=256, splits=8)
+        min_keys = 256 if head_size <= 64 else 512
+        return Tile(keys=64, num_warps=1, num_stages=3, min_keys=min_keys, splits=4, whole_blocks=True)
     if num_units >= 24:
-        return Tile(keys=64, num_warps=4, num_stages=3, min_keys=128, splits=16)
+        return Tile(keys=64, num_warps=1, num_stages=3, min_keys=128, splits=16, whole_blocks=True)
     return Tile(keys=64, num_warps=4, num_stages=2, min_keys=128 if num_units > 4 else 64, splits=64)
 
 
 @triton.jit
 def _range_of_split(length, begin, split, min_keys, SPLITS: tl.constexpr, N: tl.constexpr):
-    """(number of splits in use, first key, end) of a program's share of the keys begin..length."""
-    used = tl.minimum(tl.maximum(tl.cdiv(length - begin, min_keys), 1), SPLITS)
+    """(number of splits in use, first key, end) of a program's share of the keys begin..length.
+
+    Beyond 16 each has at least eight times `min_keys`: to merge a part costs as much as to read hundreds of keys.
+    """
+    most = tl.minimum(tl.maximum(tl.cdiv(length - begin, 8 * min_keys), 16), SPLITS)
+    used = tl.minimum(tl.maximum(tl.cdiv(length - begin, min_keys), 1), most)
     share = tl.cdiv(tl.cdiv(length - begin, used), N) * N
     used = tl.maximum(tl.cdiv(length - begin, share), 1)  # rounding up may leave the last ones without keys
     start = begin + split * share
@@ -153,16 +161,19 @@ def _turn(x, partner, cos, sin, sign, dtype: tl.constexpr):
 
 @triton.jit
 def _decode_kernel(
-    q, k, v, position_ptr, inv_freq_ptr, slots, keys, values, table, lens, out, part_out, part_lse, counters,
+    q, k, v, position_ptr, inv_freq_ptr, slots, keys, values, k_blocks, v_blocks, table, lens,
+    out, part_out, part_lse, counters,
     scale, window, min_keys, stride_qt, stride_qh, stride_kt, stride_kh, stride_vt, stride_vh,
     stride_kn, stride_kp, stride_kk, stride_table,
     H: tl.constexpr, G: tl.constexpr, D: tl.constexpr, P: tl.constexpr, M: tl.constexpr,
-    N: tl.constexpr, SPLITS: tl.constexpr, WINDOWED: tl.constexpr, USE_PDL: tl.constexpr,
+    N: tl.constexpr, SPLITS: tl.constexpr, WINDOWED: tl.constexpr, WHOLE_BLOCKS: tl.constexpr, STAGES: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ):  # fmt: skip
     """One query a sequence, not yet rotated; its key and value are not in the cache yet.
 
-    Only q, k and v come from the kernel just before, so all else, the first tile of old keys included, is read before
-    the wait (see `triton_launch`, rule 2).
+    Only q, k and v come from the kernel just before, so all else, a first tile of old keys included, is read before the
+    wait (see `triton_launch`, rule 2). With WHOLE_BLOCKS (N = P) that tile is the last one, where a block may be full
+    in part only: what lies behind its end may be anything, and 0 times anything can be NaN.
     """
     seq, head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     rows, cols = tl.arange(0, M), tl.arange(0, D)
@@ -185,9 +196,15 @@ def _decode_kernel(
     table_row = table + seq * stride_table
     old_stop = tl.minimum(stop, old)
     head_offset = head * stride_kk
-    places = _places(table_row, start, old_stop, head_offset, stride_kn, stride_kp, P, N)
-    k_ND, v_ND, valid = _tile(keys, values, places, cols, start, old_stop, dtype, N)  # pyright: ignore[reportGeneralTypeIssues]
-    places = _places(table_row, start + N, old_stop, head_offset, stride_kn, stride_kp, P, N)
+    first = start
+    if WHOLE_BLOCKS:
+        first = tl.maximum(start, old_stop // P * P)
+    places = _places(table_row, first, old_stop, head_offset, stride_kn, stride_kp, P, N)
+    k_ND, v_ND, valid = _tile(keys, values, places, cols, first, old_stop, dtype, N)  # pyright: ignore[reportGeneralTypeIssues]
+    if WHOLE_BLOCKS:
+        block = tl.load(table_row + start // P, mask=start < first, other=0)
+    else:
+        places = _places(table_row, start + N, old_stop, head_offset, stride_kn, stride_kp, P, N)
     angles = tl.load(position_ptr + seq).to(tl.float32) * inv_freq
     cos = tl.cos(angles).to(dtype).to(tl.float32)[None, :]
     sin = tl.sin(angles).to(dtype).to(tl.float32)[None, :]
@@ -217,11 +234,19 @@ def _decode_kernel(
         total = tl.full([M], 1.0, tl.float32)
         acc = acc + v_1D.to(tl.float32)
     best, total, acc = _absorb(q_MD, k_ND, v_ND, valid[None, :], scale, best, total, acc)
-    for at in range(start + N, old_stop, N):
-        k_ND, v_ND, valid = _tile(keys, values, places, cols, at, old_stop, dtype, N)
-        # The table is read a turn ahead: loads whose address is a load of the same turn cannot be kept in flight.
-        places = _places(table_row, at + N, old_stop, head_offset, stride_kn, stride_kp, P, N)
-        best, total, acc = _absorb(q_MD, k_ND, v_ND, valid[None, :], scale, best, total, acc)
+    # The table is read a turn ahead: loads whose address is a load of the same turn cannot be kept in flight.
+    if WHOLE_BLOCKS:
+        every = tl.full([1, N], True, tl.int1)
+        for at in tl.range(start, first, P, num_stages=STAGES):
+            k_ND = k_blocks.load([block * P, head * D])
+            v_ND = v_blocks.load([block * P, head * D])
+            block = tl.load(table_row + at // P + 1, mask=at + P < first, other=0)
+            best, total, acc = _absorb(q_MD, k_ND, v_ND, every, scale, best, total, acc)
+    else:
+        for at in range(start + N, old_stop, N):
+            k_ND, v_ND, valid = _tile(keys, values, places, cols, at, old_stop, dtype, N)
+            places = _places(table_row, at + N, old_stop, head_offset, stride_kn, stride_kp, P, N)
+            best, total, acc = _absorb(q_MD, k_ND, v_ND, valid[None, :], scale, best, total, acc)
     out_ptrs = out + seq * (H * D) + h_of_row[:, None] * D + cols[None, :]
     _finish(
         acc, best, total, out_ptrs, live, part_out, part_lse, seq * H + h_of_row,
@@ -298,16 +323,33 @@ def decode_attention(
     num_seqs, heads, size = q_BHD.shape
     kv_heads = keys.shape[2]
     work = _Work.of(q_BHD, num_seqs, kv_heads, window, tile)
+    block_size, blocks = keys.shape[1], cache
+    if whole := work.tile.whole_blocks and window is None and keys.dtype == q_BHD.dtype and _reads_blocks(keys):
+        blocks = tuple(_as_blocks(pages) for pages in cache)
+        work.options["N"] = block_size
     launch: Any = _decode_kernel[(num_seqs, kv_heads, work.tile.splits)]
     launch(
-        q_BHD, k_BKD, v_BKD, rope.positions_T, rope.inv_freq_R, meta.slots, keys, values, meta.block_table, meta.lens_k,
-        work.out, work.part_out, work.part_lse, work.counters, size**-0.5 * LOG2E, window or 0, work.tile.min_keys,
+        q_BHD, k_BKD, v_BKD, rope.positions_T, rope.inv_freq_R, meta.slots, keys, values, *blocks,
+        meta.block_table, meta.lens_k, work.out, work.part_out, work.part_lse, work.counters, size**-0.5 * LOG2E, window or 0, work.tile.min_keys,
         q_BHD.stride(0), q_BHD.stride(1), k_BKD.stride(0), k_BKD.stride(1), v_BKD.stride(0), v_BKD.stride(1),
         keys.stride(0), keys.stride(1), keys.stride(2), meta.block_table.stride(0),
-        H=heads, G=heads // kv_heads, D=size, P=keys.shape[1],
-        M=max(16, triton.next_power_of_2(heads // kv_heads)), **work.options,
+        H=heads, G=heads // kv_heads, D=size, P=block_size, M=max(16, triton.next_power_of_2(heads // kv_heads)),
+        WHOLE_BLOCKS=whole, STAGES=work.tile.num_stages, **work.options,
     )  # fmt: skip
     return work.out
+
+
+def _reads_blocks(pages: Tensor) -> bool:
+    """Whether TMA can fetch a block of one head: no gaps, 16 rows or more, on a device that has it."""
+    capable = pages.device.type == "cpu" or torch.cuda.get_device_capability(pages.device) >= (9, 0)
+    return capable and pages.is_contiguous() and pages.shape[1] in (16, 32, 64, 128)
+
+
+def _as_blocks(pages: Tensor) -> TensorDescriptor:
+    """[blocks, P, K, D] as TMA reads it: P rows of one head at a time."""
+    num_blocks, block_size, heads, size = pages.shape
+    shape, strides = [num_blocks * block_size, heads * size], [heads * size, 1]
+    return TensorDescriptor(pages, shape, strides, [block_size, size])
 
 
 def paged_attention(

@@ -77,18 +77,29 @@ def equal(got: Tensor, want: Tensor) -> None:
 
 
 @needs_kernels
-@pytest.mark.parametrize("splits", [1, 4, 16])
-@pytest.mark.parametrize("window", [None, 20])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_decode(shape: tuple[int, int, int], window: int | None, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("splits", "window", "block", "whole_blocks"),
+    [(1, None, 16, False), (4, None, 16, False), (16, 20, 16, False), (1, None, 32, True), (4, None, 16, True)],
+)
+def test_decode(
+    shape: tuple[int, int, int],
+    block: int,
+    window: int | None,
+    splits: int,
+    whole_blocks: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Rotation, cache write and attention in one kernel = the reference of each, one after the other."""
     from qwench.ops import attention_triton
 
-    tile = attention_triton.Tile(keys=64, num_warps=4, num_stages=2, min_keys=64, splits=splits)
+    tile = attention_triton.Tile(
+        keys=64, num_warps=4, num_stages=2, min_keys=64, splits=splits, whole_blocks=whole_blocks
+    )
     monkeypatch.setattr(attention_triton, "tile_for", lambda num_units, head_size: tile)
     heads, kv_heads, size = shape
-    lens = [1, 7, 70, 400]
-    pages = Pages(lens, 1, shape)
+    lens = [1, 7, 70, 65, 400]
+    pages = Pages(lens, 1, shape, block)
     torch.manual_seed(1)
     qkv = torch.randn(len(lens), (heads + 2 * kv_heads) * size).to(DEVICE, DTYPE).unflatten(-1, (-1, size))
     q, k, v = qkv.split((heads, kv_heads, kv_heads), 1)

@@ -128,3 +128,25 @@ def test_row_kernels(size: int) -> None:
     types = {"gate_up_ptr": "*bf16", "out_ptr": "*bf16", "stride_t": "i32", "F": "i32"}
     before, _ = split_at_wait(compiled(elementwise_triton._swiglu_kernel, types, {"BLOCK_F": 1024, "USE_PDL": True}, 4))
     assert "ld.global" not in before
+
+
+@pytest.mark.parametrize("whole_blocks", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(14, 2, 64), (12, 2, 128)])
+def test_decode_attention(heads: int, kv_heads: int, size: int, whole_blocks: bool) -> None:
+    """Whole blocks come by TMA, straight into shared memory."""
+    from qwench.ops import attention_triton
+
+    block = 32
+    constants: dict[str, Any] = {
+        "H": heads, "G": heads // kv_heads, "D": size, "P": block, "M": 16, "N": block, "SPLITS": 4, "WINDOWED": False,
+        "WHOLE_BLOCKS": whole_blocks, "STAGES": 3, "USE_PDL": True,
+    }  # fmt: skip
+    types = {name: "i32" for name in attention_triton._decode_kernel.arg_names}
+    types |= dict.fromkeys(("q", "k", "v", "keys", "values", "out"), "*bf16")
+    types |= dict.fromkeys(("k_blocks", "v_blocks"), f"tensordesc<bf16[{block}, {size}]>" if whole_blocks else "*bf16")
+    types |= dict.fromkeys(("inv_freq_ptr", "part_out", "part_lse"), "*fp32")
+    types |= dict.fromkeys(("position_ptr", "slots"), "*i64") | dict.fromkeys(("table", "lens", "counters"), "*i32")
+    types["scale"] = "fp32"
+    ptx = compiled(attention_triton._decode_kernel, types, constants, num_warps=1)
+    assert ("cp.async.bulk.tensor" in ptx) == whole_blocks
+    assert ("cp.async.cg" in ptx) != whole_blocks
