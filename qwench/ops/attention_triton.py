@@ -60,15 +60,17 @@ def tile_for(num_units: int, head_size: int) -> Tile:
 
     A mix of lengths, 850 keys on average: few units need many programs each, many only a remedy for the longest.
     """
-    if num_units >= 192:
-        num_warps = 1 if head_size <= 64 or num_units >= 512 else 2
-        return Tile(keys=64, num_warps=num_warps, num_stages=3, min_keys=512, splits=4, whole_blocks=True)
-    if num_units >= 96:
-        min_keys = 256 if head_size <= 64 else 512
+    if num_units >= (512 if head_size <= 64 else 1024):
+        return Tile(keys=64, num_warps=1, num_stages=3, min_keys=512, splits=1, whole_blocks=True)
+    if num_units >= 112:
+        min_keys = 256 if head_size <= 64 and num_units < 192 else 512
         return Tile(keys=64, num_warps=1, num_stages=3, min_keys=min_keys, splits=4, whole_blocks=True)
+    if num_units >= 40:
+        return Tile(keys=64, num_warps=1, num_stages=3, min_keys=256, splits=8, whole_blocks=True)
     if num_units >= 24:
-        return Tile(keys=64, num_warps=1, num_stages=3, min_keys=128, splits=16, whole_blocks=True)
-    return Tile(keys=64, num_warps=4, num_stages=2, min_keys=128 if num_units > 4 else 64, splits=64)
+        return Tile(keys=64, num_warps=4, num_stages=3, min_keys=128, splits=16)
+    min_keys = 64 if head_size > 64 and num_units <= 4 else 128
+    return Tile(keys=64, num_warps=4, num_stages=2, min_keys=min_keys, splits=64)
 
 
 @triton.jit
