@@ -12,7 +12,6 @@ import functools
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -25,14 +24,6 @@ from qwench.engine.scheduler import NeedsDrain, Scheduler, Step
 from qwench.engine.sequence import Sequence
 from qwench.engine.speculate import Places, Speculator
 from qwench.ops.dispatch import batch_invariant_kernels
-
-
-@dataclass(frozen=True, slots=True)
-class _Ahead:
-    """What the grammars of some sequences allow next."""
-
-    sequences: list[Sequence]
-    masks: np.ndarray
 
 
 class Core:
@@ -64,6 +55,8 @@ class Core:
         self._second_thread = ThreadPoolExecutor(1, "qwench-answers")
         self._placed: dict[int, int] = {}
         """Admission -> row, as the device knows them."""
+        self._placed_at = -1
+        """The scheduler's number of changes at that time."""
 
     @property
     def has_work(self) -> bool:
@@ -127,14 +120,16 @@ class Core:
     def _place(self) -> None:
         """Tell the device which rows have left, which have come, and which have gained blocks."""
         runner, running = self.runner, self.scheduler.running
-        present = {s.admission: s.slot for s in running}
-        runner.rows.retire([slot for admission, slot in self._placed.items() if admission not in present])
-        arrived = [s for s in running if s.admission not in self._placed]
-        if arrived:
-            runner.admit(arrived)
-        if runner.wants_compact(1 + max(present.values()), len(running)):
-            runner.move(self.scheduler.compact())
-        self._placed = {s.admission: s.slot for s in running}
+        if self._placed_at != self.scheduler.num_changes:
+            self._placed_at = self.scheduler.num_changes
+            present = {s.admission: s.slot for s in running}
+            runner.rows.retire([slot for admission, slot in self._placed.items() if admission not in present])
+            arrived = [s for s in running if s.admission not in self._placed]
+            if arrived:
+                runner.admit(arrived)
+            if runner.wants_compact(1 + max(present.values()), len(running)):
+                runner.move(self.scheduler.compact())
+            self._placed = {s.admission: s.slot for s in running}
         runner.rows.extend(running)
 
     def _launch(self, step: Step, before: Flight | None) -> tuple[Flight, Flight | None]:
@@ -155,101 +150,96 @@ class Core:
             rows = [(s.slot, s) for s in step.decodes]
             draw = functools.partial(runner.draw_decode, rows, logits_BV, mode)
         # Grammars must know the last tokens, which the others get while masks are computed. The device computes logits.
-        masks = None
+        masks_known = False
         if before is not None:
             heard = self._hear(before)
             handed_out = self._second_thread.submit(self._hand_out, before, *heard)
-            masks = self._masks_ahead([s for _, s in rows])
+            masks_known = self._masks_ahead(rows)
             handed_out.result()
-        return draw(self._extras([(s, range(row, row + 1)) for row, s in rows], {}, masks)), None
+        return draw(self._extras([(s, range(row, row + 1)) for row, s in rows], None, masks_known)), None
 
-    def _extras(self, places: Places, further_masks: dict[int, np.ndarray], ahead: _Ahead | None = None) -> Extras:
+    def _extras(self, places: Places, masks_behind: dict[int, np.ndarray] | None, masks_known: bool = False) -> Extras:
         """What the host adds to the logits of each sequence's next tokens: the first one, and those behind drafts.
 
-        `further_masks` has what grammars allow behind drafts, by the row of the logits; `ahead` are masks that are
-        known already.
+        `masks_behind` has what grammars allow behind drafts, by the row of the logits. It is None for logits of one
+        row a sequence: masks then go to the runner's table, where they may be already.
         """
         extras = Extras()
         constrained: list[tuple[int, Sequence]] = []
         banned: list[tuple[int, Sequence]] = []
         for sequence, rows in places:
-            params = sequence.params
-            if sequence.is_finished:
+            if sequence.answer.finish is not None:
                 continue
-            if params.logit_bias:
-                extras.edits += [(row, token, value) for row in rows for token, value in params.logit_bias.items()]
-            if (num_banned := params.min_tokens - sequence.num_launched + 1) > 0:
-                banned += [(row, sequence) for row in rows[:num_banned]]
-            if params.top_logprobs > extras.num_top:
-                extras.num_top = params.top_logprobs
             if sequence.matcher is not None:
                 constrained.append((rows.start, sequence))
+            if not sequence.needs_more:
+                continue
+            params = sequence.params
+            extras.edits += [(row, token, value) for row in rows for token, value in params.logit_bias.items()]
+            if (num_banned := params.min_tokens - sequence.num_launched + 1) > 0:
+                banned += [(row, sequence) for row in rows[:num_banned]]
+            extras.num_top = max(extras.num_top, params.top_logprobs)
         if constrained:
-            extras.masks = self._masks([sequence for _, sequence in constrained], ahead)
-            if further_masks:
-                owners = {row: sequence for sequence, rows in places for row in rows}
-                constrained += [(row, owners[row]) for row in further_masks]
-                extras.masks = np.concatenate((extras.masks, list(further_masks.values())))
-            extras.masked = [row for row, _ in constrained]
-        only_end = self._rows_that_must_end(constrained, extras.masks) if banned else ()
+            self._add_masks(extras, constrained, masks_behind, masks_known)
+        masked = set(extras.masked) if banned else ()
         for row, sequence in banned:
-            if row not in only_end:
-                extras.edits += [(row, token, float("-inf")) for token in sequence.answer.ends if token < self._num_ids]
+            if row in masked and extras.masks is not None and _must_end(sequence, extras.masks[row]):
+                continue
+            extras.edits += [(row, token, float("-inf")) for token in sequence.answer.ends if token < self._num_ids]
         return extras
 
     @property
     def _num_ids(self) -> int:
         return self.runner.model.config.vocab_size
 
-    @staticmethod
-    def _rows_that_must_end(constrained: list[tuple[int, Sequence]], masks: np.ndarray | None) -> set[int]:
-        """Rows whose grammar allows nothing but end tokens; min_tokens cannot forbid those."""
-        if masks is None:
-            return set()
-        allowed = np.bitwise_count(masks.view(np.uint32)).sum(1)
-        return {
-            row
-            for (row, sequence), mask, count in zip(constrained, masks, allowed, strict=True)
-            if count == sum(bool(mask[t // 32] >> (t % 32) & 1) for t in sequence.answer.ends if t // 32 < len(mask))
-        }
+    def _add_masks(
+        self,
+        extras: Extras,
+        constrained: list[tuple[int, Sequence]],
+        masks_behind: dict[int, np.ndarray] | None,
+        known: bool,
+    ) -> None:
+        extras.masked = [row for row, _ in constrained]
+        if masks_behind is None:
+            extras.masks = self.runner.masks.take(extras.masked)
+            if not known:
+                self._fill_or_fail(constrained, extras.masks)
+            return
+        first = np.empty((len(constrained), -(-self._num_ids // 32)), np.int32)
+        self._fill_or_fail([(index, sequence) for index, (_, sequence) in enumerate(constrained)], first)
+        extras.masks = dict(zip(extras.masked, first, strict=True)) | masks_behind
+        extras.masked = list(extras.masks)
 
-    def _masks_ahead(self, sequences: list[Sequence]) -> _Ahead | None:
-        """What the grammars of these allow next, while some of them may be found to have ended."""
-        sequences = [s for s in sequences if s.matcher is not None and not s.is_finished]
-        if not sequences or self.config.tensor_parallel > 1:  # there, other ranks hear of each mask by itself
-            return None
-        masks = self.runner.masks.room(len(sequences))
-        return _Ahead(sequences, masks) if self._fill(sequences, masks) else None
+    def _masks_ahead(self, rows: list[tuple[int, Sequence]]) -> bool:
+        """Compute what grammars allow next, while some answers may be found to have ended; whether that is done."""
+        constrained = [(row, s) for row, s in rows if s.matcher is not None and s.answer.finish is None]
+        if not constrained or self.config.tensor_parallel > 1:  # there, other ranks hear of each mask by itself
+            return False
+        return self._fill(constrained, self.runner.masks.take([row for row, _ in constrained]))
 
     @staticmethod
-    def _fill(sequences: list[Sequence], masks: np.ndarray) -> bool:
+    def _fill(constrained: list[tuple[int, Sequence]], masks: np.ndarray) -> bool:
+        """What each grammar allows next, in its row of `masks` [any, V / 32] int32; False if one has failed."""
         from qwench.engine.grammar import fill_masks  # llguidance is loaded when the first grammar comes
 
+        matchers = [sequence.matcher for _, sequence in constrained if sequence.matcher is not None]
         try:
-            fill_masks([sequence.matcher for sequence in sequences if sequence.matcher is not None], masks)
+            fill_masks(matchers, masks, [row for row, _ in constrained])
         except ValueError:
             return False
         return True
 
-    def _masks(self, sequences: list[Sequence], ahead: _Ahead | None) -> np.ndarray:
-        """What each grammar allows next, [sequences, V / 32] int32. One that fails ends its sequence only."""
-        if ahead is not None:
-            if ahead.sequences == sequences:
-                return ahead.masks
-            row_of = {sequence: row for row, sequence in enumerate(ahead.sequences)}
-            if all(sequence in row_of for sequence in sequences):
-                return ahead.masks[[row_of[sequence] for sequence in sequences]]
-        masks = self.runner.masks.room(len(sequences))
-        if self.config.tensor_parallel == 1 and self._fill(sequences, masks):
-            return masks
-        matchers = [sequence.matcher for sequence in sequences if sequence.matcher is not None]
-        for sequence, matcher, mask in zip(sequences, matchers, masks, strict=True):
+    def _fill_or_fail(self, constrained: list[tuple[int, Sequence]], masks: np.ndarray) -> None:
+        """The same, where a grammar that fails ends its sequence only."""
+        if self.config.tensor_parallel == 1 and self._fill(constrained, masks):
+            return
+        for row, sequence in constrained:
+            assert sequence.matcher is not None
             try:
-                matcher.fill_mask(mask)
+                sequence.matcher.fill_mask(masks[row])
             except ValueError as error:
-                mask[:] = -1
+                masks[row] = -1
                 self.fail(sequence, error)
-        return masks
 
     # ------------------------------------------------------------------------------------------------------ reading
     def _read(self, flight: Flight) -> None:
@@ -263,12 +253,14 @@ class Core:
         if flight.num_new is not None and self.speculator is not None:
             self.speculator.settle(flight, tokens)
         for column, sequence in flight.columns:
-            matcher, sequence.grammar_end = sequence.matcher, None
-            if matcher is None or sequence.is_finished:
+            if (matcher := sequence.matcher) is None:
+                continue
+            answer, sequence.grammar_end = sequence.answer, None
+            if answer.finish is not None:
                 continue
             try:
                 for place, token in enumerate(tokens[column]):
-                    if token in sequence.answer.ends and place >= sequence.num_to_skip:
+                    if token in answer.ends and place >= sequence.num_to_skip:
                         break
                     matcher.consume(token)
                     if matcher.is_finished:
@@ -285,25 +277,27 @@ class Core:
             known.extend(values.tolist())
         top = (flight.top[0].tolist(), flight.top[1].tolist()) if flight.top is not None else None
         for column, sequence in flight.columns:
-            if sequence.is_finished:
+            answer = sequence.answer
+            if answer.finish is not None:
                 continue
-            num_before = len(sequence.outputs)
-            line, values = tokens[column], logprobs[column]
-            skipped = min(sequence.num_to_skip, len(line))
-            if skipped:
+            num_before, line, values = len(answer.token_ids), tokens[column], logprobs[column]
+            skipped = 0
+            if sequence.num_to_skip:
+                skipped = min(sequence.num_to_skip, len(line))
                 sequence.num_to_skip -= skipped
                 line, values = line[skipped:], values[skipped:]
-            if sequence.needs_host:
+            if sequence.grammar_end is not None or sequence.params.top_logprobs:
                 last = None if sequence.grammar_end is None else sequence.grammar_end - skipped
                 likeliest = None if top is None else (top[0][column], top[1][column])
                 self._push_each(sequence, line, values, likeliest, last)
             else:
-                sequence.answer.extend(line, values)
-            self.num_generated += len(sequence.outputs) - num_before
-            if sequence.is_finished:
+                answer.extend(line, values)
+            num_new = len(answer.token_ids) - num_before
+            self.num_generated += num_new
+            if answer.finish is not None:
                 self._leave(sequence)
-            elif sequence.sink is not None and len(sequence.outputs) > num_before:
-                sequence.sink(sequence.answer.take())
+            elif num_new and sequence.sink is not None:
+                sequence.sink(answer.take())
 
     def _push_each(
         self,
@@ -313,8 +307,8 @@ class Core:
         top: tuple[list[list[int]], list[list[float]]] | None,
         last: int | None,
     ) -> None:
-        """The next tokens of a sequence that has a grammar, whose `last` one has completed it, or that wants to see the
-        likeliest ones."""
+        """The next tokens of a sequence whose grammar the `last` one has completed, or that wants to see the likeliest
+        ones."""
         count = sequence.params.top_logprobs
         for place, (token, logprob) in enumerate(zip(line, values, strict=True)):
             best = None
@@ -338,3 +332,10 @@ class Core:
         sequence.sink = None
         self.scheduler.finish(sequence)
         sequence.on_failure(failure)
+
+
+def _must_end(sequence: Sequence, mask: np.ndarray) -> bool:
+    """Whether a grammar allows nothing but end tokens; min_tokens cannot forbid those."""
+    num_allowed = int(np.bitwise_count(mask.view(np.uint32)).sum())
+    ends = [t for t in sequence.answer.ends if t // 32 < len(mask)]
+    return num_allowed == sum(bool(mask[t // 32] >> (t % 32) & 1) for t in ends)

@@ -36,8 +36,8 @@ class Extras:
 
     edits: list[tuple[int, int, float]] = field(default_factory=list)
     """(row of the step, token, number added to its logit)."""
-    masks: np.ndarray | None = None
-    """[rows of `masked`, ceil(V / 32)] int32: bit set = allowed."""
+    masks: np.ndarray | dict[int, np.ndarray] | None = None
+    """For each row of `masked` an int32 [ceil(V / 32)]: bit set = allowed."""
     masked: list[int] = field(default_factory=list)
     num_top: int = 0
 
@@ -47,36 +47,53 @@ class Extras:
 
 
 class MaskTable:
-    """What grammars allow in each row of the state. A recorded draw reads the device's copy, always at one place."""
+    """What grammars allow in each row of a step's logits: computed in pinned memory, and copied to the same rows on the
+    device. A recorded draw reads the device's copy, always at one place."""
 
     def __init__(self, num_rows: int, num_words: int, device: torch.device) -> None:
         shape = (num_rows, num_words)
-        self._host = torch.empty(shape, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._host = torch.full(shape, -1, dtype=torch.int32, pin_memory=device.type == "cuda")
         self._device = torch.full(shape, -1, dtype=torch.int32, device=device)
-        self._masked: set[int] = set()
+        self._array = self._host.numpy()
+        self._rows: list[int] = []
+        self._stale: set[int] = set()
+        """Rows that allow everything again, which the device does not know yet."""
+        self._stretches: list[tuple[int, int]] = []
 
-    def room(self, count: int) -> np.ndarray:
-        """[count, ceil(V / 32)] int32 to compute masks in. The step that used it before must have been waited for."""
-        return self._host[:count].numpy()
+    def take(self, rows: list[int]) -> np.ndarray:
+        """[num_rows, ceil(V / 32)] int32, to compute the masks of these rows in; all others allow everything.
 
-    def put(self, extras: Extras, num_rows: int, upload: Callable[[Tensor], Tensor]) -> Tensor:
+        The step that used the table before must have been waited for.
+        """
+        if rows != self._rows:
+            stale = set(self._rows).difference(rows)
+            self._array[list(stale)] = -1
+            self._rows, self._stale = list(rows), (self._stale | stale).difference(rows)
+            self._stretches = stretches([*rows, *self._stale])
+        return self._array
+
+    def put(self, num_rows: int) -> Tensor:
         """The masks of a step whose logits have `num_rows` rows, on the device, [num_rows, ceil(V / 32)]."""
-        if stale := self._masked.difference(extras.masked):
-            self._device.index_fill_(0, upload(torch.tensor(sorted(stale))), -1)
-        self._masked = set(extras.masked)
-        if extras.masks is not None:
-            masks = torch.from_numpy(extras.masks)
-            count = len(masks)
-            if masks.data_ptr() == self._host.data_ptr():  # in `room`, so it is pinned
-                new = self._host[:count].to(self._device.device, non_blocking=True)
-            else:
-                new = upload(masks)
-            self._device.index_copy_(0, upload(torch.tensor(extras.masked)), new)
+        for first, stop in self._stretches:
+            self._device[first:stop].copy_(self._host[first:stop], non_blocking=True)
+        if self._stale:
+            self._stale, self._stretches = set(), stretches(self._rows)
         return self._device[:num_rows]
 
 
+def stretches(rows: Iterable[int], gap: int = 8) -> list[tuple[int, int]]:
+    """(first, stop) of stretches that cover these rows, over gaps of up to `gap` others: one copy costs as much."""
+    found: list[tuple[int, int]] = []
+    for row in sorted(rows):
+        if found and row - found[-1][1] <= gap:
+            found[-1] = found[-1][0], row + 1
+        else:
+            found.append((row, row + 1))
+    return found
+
+
 def mode_of(sequences: Iterable[Sequence]) -> Mode:
-    wishes = [(s.filtered, s.penalised) for s in sequences]
+    wishes = {(s.filtered, s.penalised) for s in sequences}
     return Mode(filtered=any(f for f, _ in wishes), penalised=any(p for _, p in wishes))
 
 
@@ -145,9 +162,10 @@ def draw_at(
             places = upload(torch.tensor([at, token]))
             add_bias_(changed_BV, places[0], places[1], upload(torch.tensor(value, dtype=torch.float32)))
         if extras.masks is not None and mask_BW is None:
-            everything = torch.full((changed_BV.shape[0], extras.masks.shape[1]), -1, dtype=torch.int32)
-            everything[extras.masked] = torch.from_numpy(extras.masks)
-            mask_BW = upload(everything)
+            everything = np.full((changed_BV.shape[0], -(-changed_BV.shape[1] // 32)), -1, np.int32)
+            for row in extras.masked:
+                everything[row] = extras.masks[row]
+            mask_BW = upload(torch.from_numpy(everything))
     if mask_BW is not None:
         changed_BV = logits_BV.clone() if changed_BV is logits_BV else changed_BV
         mask_(changed_BV, mask_BW)

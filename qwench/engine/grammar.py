@@ -199,58 +199,70 @@ def _executor() -> LLExecutor:
     return LLExecutor(os.cpu_count() or 1)
 
 
-def fill_masks(matchers: Sequence[Matcher], rows: Sequence[np.ndarray] | np.ndarray) -> None:
-    """The masks of a batch, on several threads with Python's lock free: rows[i], int32[num_words], for matcher i.
+def fill_masks(
+    matchers: Sequence[Matcher], rows: Sequence[np.ndarray] | np.ndarray, at: Sequence[int] | None = None
+) -> None:
+    """The masks of a batch, on several threads with Python's lock free: rows[at[i]], int32[num_words], for matcher i.
 
-    `rows` is best one array [>= len(matchers), num_words]. All matchers are of one compiler. Raises the first
-    GrammarError after every row was filled: `Matcher.error` says which failed, and their rows hold the end tokens
-    alone. When a batch takes long, the next is done one by one, so that the matcher at fault is found and ended.
+    `rows` is best one array [any, num_words]; `at` are different ones of them, by default the first ones in order. All
+    matchers are of one compiler. Raises the first GrammarError after every row was filled: `Matcher.error` says which
+    failed, and their rows hold the end tokens alone. When a batch takes long, the next is done one by one, so that the
+    matcher at fault is found and ended.
     """
     if not matchers:
         return
-    if len(rows) < len(matchers):
-        raise ValueError(f"{len(matchers)} matchers need as many rows, but there are {len(rows)}")
+    at = range(len(matchers)) if at is None else at
+    if len(at) != len(matchers) or min(at) < 0 or max(at) >= len(rows):
+        raise ValueError(f"{len(matchers)} matchers need as many rows, but there are {min(len(at), len(rows))}")
     compiler = matchers[0].compiler
     if compiler.is_suspicious or len(matchers) == 1:
         compiler.is_suspicious = False
-        for matcher, row in zip(matchers, rows, strict=False):
+        for matcher, index in zip(matchers, at, strict=True):
             with contextlib.suppress(GrammarError):  # `Matcher.error` keeps it
-                matcher.fill_mask(row)
+                matcher.fill_mask(rows[index])
+    elif isinstance(rows, np.ndarray):
+        _fill_together(compiler, matchers, rows, at)
     else:
-        _fill_together(compiler, matchers, rows)
+        block = np.empty((len(matchers), compiler.num_words), np.int32)
+        _fill_together(compiler, matchers, block, range(len(matchers)))
+        for mask, index in zip(block, at, strict=True):
+            compiler.check_row(rows[index])
+            rows[index][:] = mask
     for matcher in matchers:
         if matcher.error is not None:
             raise matcher.error
 
 
 def _fill_together(
-    compiler: GrammarCompiler, matchers: Sequence[Matcher], rows: Sequence[np.ndarray] | np.ndarray
+    compiler: GrammarCompiler, matchers: Sequence[Matcher], block: np.ndarray, at: Sequence[int]
 ) -> None:
-    block = rows if isinstance(rows, np.ndarray) else np.empty((len(matchers), compiler.num_words), np.int32)
-    for row in rows[:1] if isinstance(rows, np.ndarray) else rows[: len(matchers)]:
-        compiler.check_row(row)
+    compiler.check_row(block[0])
     if not block.flags["C_CONTIGUOUS"]:
         raise ValueError("the masks must be one array without gaps, or a list of rows")
-    work: list[tuple[LLMatcher, int]] = []
-    for index, matcher in enumerate(matchers):
+    work: list[tuple[Matcher, int]] = []
+    for matcher, index in zip(matchers, at, strict=True):
         if matcher.compiler is not compiler:
             raise ValueError("the matchers of a batch must come from one GrammarCompiler")
         if matcher.error is not None or matcher.is_finished:
             block[index] = compiler.end_mask
         else:
-            work.append((matcher.raw, index))
-    if work:
-        started = time.perf_counter()
-        _executor().unsafe_compute_mask_ptr(work, block.ctypes.data, compiler.num_words * 4, len(matchers))
-        compiler.is_suspicious = time.perf_counter() - started > MASK_BUDGET_S
-        block[: len(matchers)] &= compiler.legal_mask
-    for raw, index in work:
-        if raw.is_error():
+            work.append((matcher, index))
+    if not work:
+        return
+    work.sort(key=_automaton_of)
+    started = time.perf_counter()
+    raws = [(matcher.raw, index) for matcher, index in work]
+    _executor().unsafe_compute_mask_ptr(raws, block.ctypes.data, compiler.num_words * 4, len(block))
+    compiler.is_suspicious = time.perf_counter() - started > MASK_BUDGET_S
+    for matcher, index in work:
+        if matcher.names_ids or matcher.raw.is_stopped():
             with contextlib.suppress(GrammarError):  # `Matcher.error` keeps it
-                matchers[index].fill_mask(block[index])
-    if block is not rows:
-        for index in range(len(matchers)):
-            rows[index][:] = block[index]
+                matcher.check_mask(block[index])
+
+
+def _automaton_of(entry: tuple[Matcher, int]) -> int:
+    """Neighbours in a batch go to one thread, and matchers that share an automaton would wait for each other."""
+    return entry[0].group
 
 
 class Matcher:
@@ -262,15 +274,21 @@ class Matcher:
         automaton.users.add(self)
         self.raw = automaton.raw.deep_copy()
         """llguidance's matcher."""
+        self.group = id(automaton)
+        """Equal for matchers that share an automaton."""
+        self.names_ids = grammar.kind == "lark" and "<[" in grammar.value
+        """Whether the grammar may name tokens by number, of which some must never come."""
         self.error: GrammarError | None = None
         """Why this matcher cannot go on, once it cannot."""
         self._tokens: list[int] = []
         self._ends = 0  # end tokens consumed; llguidance does not see them
-
-    @property
-    def is_finished(self) -> bool:
+        self.is_finished = False
         """Whether an end token was consumed, or nothing else may come."""
-        return self._ends > 0 or (self.error is None and self.raw.is_stopped() and not self.raw.is_error())
+        self._look()
+
+    def _look(self) -> None:
+        """Set `is_finished`, which is read far more often than it changes."""
+        self.is_finished = self._ends > 0 or (self.error is None and self.raw.is_stopped() and not self.raw.is_error())
 
     @property
     def is_complete(self) -> bool:
@@ -286,17 +304,21 @@ class Matcher:
         if self.error is None and not self.is_finished:
             started = time.thread_time()
             self.raw.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
-            seconds = time.thread_time() - started
-            if not self.raw.is_error():
-                if seconds > MASK_BUDGET_S:
-                    self._fail(f"a mask takes more than {MASK_BUDGET_S} s")
-            elif self.recover():
+            if time.thread_time() - started > MASK_BUDGET_S and not self.raw.is_error():
+                self._fail(f"a mask takes more than {MASK_BUDGET_S} s")
+        self.check_mask(row)
+
+    def check_mask(self, row: np.ndarray) -> None:
+        """What `fill_mask` does once llguidance has filled the row."""
+        if self.error is None and not self.is_finished:
+            if self.raw.is_error() and self.recover():
                 self.raw.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
                 if self.raw.is_error():
                     self._fail(self.raw.get_error())
+            self._look()  # that nothing else may come is sometimes found only now
         if self.error is not None or self.is_finished:
             row[:] = self.compiler.end_mask
-        else:
+        elif self.names_ids:
             row &= self.compiler.legal_mask
         if self.error is not None:
             raise self.error
@@ -305,16 +327,12 @@ class Matcher:
         """Go on by a token. Raises ValueError, and stays where it is, for one that the mask does not allow."""
         if self.error is not None:
             raise self.error
-        if (
-            self._ends == 0
-            and token_id not in self.compiler.eos_token_ids
-            and token_id >= 0
-            and self._advance(token_id)
-        ):
-            self._note(token_id)  # nearly always
-            return
-        if token_id in self.compiler.eos_token_ids and self.is_complete:
+        ends = self.compiler.eos_token_ids
+        if not self.is_finished and token_id >= 0 and token_id not in ends and self._advance(token_id):
+            return  # nearly always
+        if token_id in ends and self.is_complete:
             self._ends += 1
+            self.is_finished = True
             return
         allowed = not self.is_finished and 0 <= token_id < self.compiler.vocab_rows and self._advance(token_id)
         if not allowed and self.raw.is_error() and self.recover():
@@ -325,15 +343,16 @@ class Matcher:
             raise self.error
         if not allowed:
             raise ValueError(f"token {token_id} is not allowed by the {self._grammar.kind} grammar here")
-        self._note(token_id)
 
-    def _note(self, token_id: int) -> None:
+    def _advance(self, token_id: int) -> bool:
+        if self.raw.try_consume_tokens([token_id]) != 1:
+            return False
         self._tokens.append(token_id)
         if self._automaton is not None:
             self._automaton.num_tokens += 1
-
-    def _advance(self, token_id: int) -> bool:
-        return self.raw.try_consume_tokens([token_id]) == 1
+        if self.raw.is_stopped():
+            self._look()
+        return True
 
     def rollback(self, num_tokens: int) -> None:
         """Take back the last tokens. Raises ValueError if fewer were consumed."""
@@ -350,6 +369,7 @@ class Matcher:
             if not self.raw.rollback(num_tokens - ends) and not self.recover():
                 assert self.error is not None
                 raise self.error
+        self._look()
 
     def copy(self) -> Matcher:
         """A matcher at the same place that goes its own way; it shares what was computed with this one."""
@@ -364,7 +384,9 @@ class Matcher:
         """Tokens that must come next, as far as only one spelling is possible; often none. They are not consumed."""
         if self.error is not None or self.is_finished:
             return []
-        return self.raw.compute_ff_tokens()
+        forced = self.raw.compute_ff_tokens()
+        self._look()
+        return forced
 
     def recover(self) -> bool:
         """After an error of llguidance's: whether a matcher of its own could take the place of one that others use too,
@@ -377,8 +399,10 @@ class Matcher:
         if raw is None or raw.try_consume_tokens(self._tokens) != len(self._tokens) or raw.is_error():
             self._fail(reason)
             return False
-        self.raw = raw
+        self.raw, self.group = raw, id(raw)
+        self._look()
         return True
 
     def _fail(self, reason: str) -> None:
         self.error = GrammarError(f"the {self._grammar.kind} grammar cannot be followed: {first_line(reason)}")
+        self._look()

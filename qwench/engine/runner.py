@@ -103,6 +103,9 @@ class Runner:
         self.ring_logprobs = torch.zeros((RING, max_seqs), dtype=torch.float32, device=self.device)
         self.ring_at = torch.zeros(1, dtype=torch.int64, device=self.device)
         self._ring_next = 0
+        # Where the tokens that were drawn with the host's help go: never two flights of them at a time.
+        self._drawn_tokens = torch.zeros(max_seqs, dtype=torch.int64, pin_memory=self.on_gpu)
+        self._drawn_logprobs = torch.zeros(max_seqs, dtype=torch.float32, pin_memory=self.on_gpu)
         self._masks: MaskTable | None = None
         self.graphs = DecodeGraphs(self) if self.on_gpu and config.cuda_graphs else None
         self.short_prompts = ShortPrompts(self, self.graphs) if self.graphs is not None else None
@@ -296,16 +299,13 @@ class Runner:
         first, self._ring_next = self._ring_next, self._ring_next + num_steps
         return first
 
-    def _ring_flight(
-        self, columns: list[tuple[int, Sequence]], first: int, top: tuple[Tensor, Tensor] | None = None
-    ) -> Flight:
+    def _ring_flight(self, columns: list[tuple[int, Sequence]], first: int) -> Flight:
         part, num_rows = slice(first, self._ring_next), 1 + max(slot for slot, _ in columns)
         return Flight(
             columns=columns,
             tokens=self.download(self.ring_tokens[part, :num_rows]),
             logprobs=self.download(self.ring_logprobs[part, :num_rows]),
             event=self.record(),
-            top=top,
         )
 
     def forward_decode(self, step: Step) -> Tensor:
@@ -318,14 +318,16 @@ class Runner:
         """Draw the tokens of a decoding pass. `columns`: the slots that its sequences had when it was launched, which
         `extras` refer to. The flight before it must have been read."""
         first, num_rows = self._ring_place(1), logits_BV.shape[0]
-        mask_BW = None
-        if extras.masks is not None:
-            mask_BW = self.masks.put(extras, num_rows, self.upload)
+        mask_BW = None if extras.masks is None else self.masks.put(num_rows)
         if extras.is_masks_alone and self.graphs is not None:
             self.graphs.draw(logits_BV, mode, mask_BW)
         else:
             self.draw_step(logits_BV, mode, extras, mask_BW)
-        return self._ring_flight(columns, first, self._top(logits_BV, extras))
+        top = self._top(logits_BV, extras)
+        self._drawn_tokens.copy_(self.ring_tokens[first], non_blocking=True)
+        self._drawn_logprobs.copy_(self.ring_logprobs[first], non_blocking=True)
+        tokens, logprobs = self._drawn_tokens[None, :num_rows], self._drawn_logprobs[None, :num_rows]
+        return Flight(columns, tokens, logprobs, self.record(), top)
 
     @property
     def masks(self) -> MaskTable:
@@ -350,8 +352,9 @@ class Runner:
         positions_B, steps_B = self.upload(numbers)
         rows.step.index_copy_(0, rows_B, steps_B)
         top = self._top(pending.logits_BV, extras)
+        mask_BW = None if extras is None or extras.masks is None else self.masks.put(len(pending.sequences))
         tokens_B, logprobs_B = draw(
-            pending.logits_BV, rows, rows_B, mode, self.counts_RV, self.vocab_size, extras, self.upload
+            pending.logits_BV, rows, rows_B, mode, self.counts_RV, self.vocab_size, extras, self.upload, mask_BW
         )
         rows.last_token.index_copy_(0, rows_B, tokens_B)
         rows.position.index_copy_(0, rows_B, positions_B)

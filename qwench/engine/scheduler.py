@@ -60,6 +60,8 @@ class Scheduler:
         self.free_slots = list(range(max_seqs))
         """A heap: the lowest free row first, so that the rows in use stay close together."""
         self._admissions = itertools.count()
+        self.num_changes = 0
+        """How often a sequence has begun or stopped to run."""
         self.num_preemptions = 0
         self.num_prompt_tokens = self.num_cached_tokens = 0
 
@@ -78,22 +80,28 @@ class Scheduler:
         `drafts`: tokens that sequences would like to have checked in a step of one token. One is counted in the plan;
         who reads the step counts those that were accepted.
         """
-        step = Step()
-        reading = any(s.is_prefilling for s in self.running) or bool(self.waiting and self.free_slots)
+        step, size = Step(), self.pool.block_size
+        prefilling = [s for s in self.running if s.num_computed < s.num_to_prefill]
+        reading = bool(prefilling) or bool(self.waiting and self.free_slots)
         wanted = 1 if reading else min(self.decode_steps, max_steps or self.decode_steps)
-        decodes = [s for s in self.running if not s.is_prefilling and not s.is_launched]
-        if decodes:
+        decoding = [s for s in self.running if s.num_computed >= s.num_to_prefill] if prefilling else self.running
+        decodes = [s for s in decoding if s.num_launched < s.answer.limit]
+        if wanted > 1 and decodes:
             wanted = min(wanted, max(s.answer.limit - s.num_launched for s in decodes))
+        preempted = self.num_preemptions
         for sequence in decodes:
             if sequence.slot < 0:  # preempted while an earlier one of this list grew
                 continue
-            if not self._grow(sequence, sequence.num_computed + wanted, in_flight):
+            num_positions = sequence.num_computed + wanted
+            if num_positions > len(sequence.blocks) * size and not self._grow(sequence, num_positions, in_flight):
                 continue
             step.decodes.append(sequence)
-        step.decodes = [s for s in step.decodes if s.slot >= 0]
-        writing = any(not s.is_prefilling for s in self.running)
-        budget = self.max_step_tokens - len(step.decodes) if writing else self.idle_step_tokens
-        for sequence in [s for s in self.running if s.is_prefilling]:
+        if self.num_preemptions > preempted:
+            step.decodes, prefilling, decoding = (
+                [s for s in side if s.slot >= 0] for side in (step.decodes, prefilling, decoding)
+            )
+        budget = self.max_step_tokens - len(step.decodes) if decoding else self.idle_step_tokens
+        for sequence in prefilling:
             if budget > 0:
                 budget -= self._add_chunk(step, sequence, budget)
         while self.waiting and self.free_slots and budget > 0:
@@ -165,6 +173,7 @@ class Scheduler:
         sequence.slot = heapq.heappop(self.free_slots)
         is_new, sequence.admission = sequence.admission < 0, next(self._admissions)
         self.running.append(sequence)
+        self.num_changes += 1
         if is_new:
             sequence.answer.num_cached_tokens = sequence.num_computed
             self.num_prompt_tokens += len(sequence.prompt)
@@ -222,6 +231,7 @@ class Scheduler:
 
     def _leave(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
+        self.num_changes += 1
         heapq.heappush(self.free_slots, sequence.slot)
         self.pool.release(sequence.blocks)
         sequence.slot, sequence.blocks, sequence.num_named = -1, [], 0

@@ -42,7 +42,9 @@ class Sequence:
         self.grammar_end: int | None = None
         """Which of the tokens that were heard last has completed the grammar."""
         self.penalised, self.filtered = is_penalised(params), uses_filters(params)
-        self.needs_host = bool(params.logit_bias or params.min_tokens or params.grammar or params.top_logprobs)
+        self.needs_more = bool(params.logit_bias or params.min_tokens or params.top_logprobs)
+        """`needs_host` for other reasons than a grammar."""
+        self.needs_host = self.needs_more or params.grammar is not None
         """Each token needs something from the host before it can be drawn, or more of the logits afterwards."""
         self.slot = -1
         """Its row in the device's state while it runs."""

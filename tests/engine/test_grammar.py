@@ -169,6 +169,74 @@ def test_what_no_text_has_is_never_allowed(compiler: GrammarCompiler) -> None:
     assert [set(np.flatnonzero(line)) for line in bits] == [anything, anything]
 
 
+def illegal(compiler: GrammarCompiler, matcher: grammar_module.Matcher) -> list[int]:
+    """What llguidance itself allows, but no answer may have."""
+    row = np.zeros(compiler.num_words, np.int32)
+    matcher.raw.unsafe_compute_mask_ptr(row.ctypes.data, row.nbytes)
+    bad = row & ~compiler.legal_mask
+    return np.flatnonzero(np.unpackbits(bad.view(np.uint8), bitorder="little")).tolist()
+
+
+def check_no_mask_needs_legal_ones(compiler: GrammarCompiler) -> None:
+    """llguidance allows tokens without bytes only where a grammar names them by number."""
+    rng = random.Random(5)
+    texts = [Grammar(kind="regex", value=value) for value in [*REGEXES, r"(?s:.)*"]]
+    texts += [schema(value) for value in SCHEMAS] + [Grammar(kind="json_object")]
+    texts += [Grammar(kind="lark", value="start: /(?s:.){3}/ <|im_start|> /[^a]*/")]
+    for value in texts:
+        matcher = compiler.compile(value)
+        assert not matcher.names_ids
+        for _ in range(12):
+            assert illegal(compiler, matcher) == []
+            choices = [t for t in allowed(matcher) if t not in compiler.eos_token_ids]
+            if not choices:
+                break
+            matcher.consume(rng.choice(choices))
+    for value in ("start: <[*]>", "start: <[^1-5]>", f'start: "a" | <[0-{compiler.vocab_rows - 1}]>'):
+        matcher = compiler.compile(Grammar(kind="lark", value=value))
+        assert matcher.names_ids
+        assert illegal(compiler, matcher)
+        rows = np.zeros((3, compiler.num_words), np.int32)
+        fill_masks([matcher, compiler.compile(schema(SCHEMAS[0]))], rows, [2, 0])
+        for row in (rows[2], np.array(rows[2])):
+            assert not (row & ~compiler.legal_mask).any()
+            matcher.fill_mask(row)
+        assert not rows[1].any()
+
+
+def test_no_mask_needs_the_legal_ones(compiler: GrammarCompiler) -> None:
+    check_no_mask_needs_legal_ones(compiler)
+
+
+@pytest.mark.real
+def test_no_mask_needs_the_legal_ones_in_the_real_vocabulary(real: GrammarCompiler) -> None:
+    check_no_mask_needs_legal_ones(real)
+
+
+def test_whether_it_is_finished_is_what_llguidance_says(compiler: GrammarCompiler) -> None:
+    rng = random.Random(11)
+    seen = set()
+    for value in [*map(schema, SCHEMAS), *(Grammar(kind="regex", value=value) for value in REGEXES)]:
+        matcher, beside = compiler.compile(value), compiler.compile(schema(SCHEMAS[0]))
+        rows, ends = np.zeros((2, compiler.num_words), np.int32), 0
+        for _ in range(60):
+            fill_masks([matcher, beside], rows)
+            assert matcher.is_finished == (ends > 0 or matcher.raw.is_stopped())
+            seen.add(matcher.is_finished)
+            taken = len(matcher._tokens) + ends
+            if taken and rng.random() < 0.3:
+                back = rng.randint(1, min(3, taken))
+                ends = max(0, ends - back)
+                matcher.rollback(back)
+            else:
+                choice = rng.choice(allowed(matcher))
+                ends += choice in compiler.eos_token_ids
+                matcher.consume(choice)
+            assert matcher.is_finished == (ends > 0 or matcher.raw.is_stopped())
+            assert matcher.copy().is_finished == matcher.is_finished
+    assert seen == {False, True}
+
+
 def test_end_tokens(compiler: GrammarCompiler) -> None:
     tok = compiler.tokenizer
     matcher = compiler.compile(Grammar(kind="regex", value="ab?"))
@@ -263,7 +331,9 @@ def test_batches_equal_single_masks(compiler: GrammarCompiler) -> None:
     for _ in range(12):
         block = np.full((len(matchers), compiler.num_words), -1, np.int32)
         rows = [np.full(compiler.num_words, -1, np.int32) for _ in matchers]
-        fill_masks(matchers, block)
+        at = rng.sample(range(len(matchers)), len(matchers))
+        fill_masks(matchers, block, at)
+        block = block[at]
         fill_masks(matchers, rows)
         for index, matcher in enumerate(matchers):
             single = np.empty(compiler.num_words, np.int32)
@@ -281,6 +351,8 @@ def test_wrong_rows(compiler: GrammarCompiler) -> None:
             matcher.fill_mask(row)
     with pytest.raises(ValueError, match="need as many rows"):
         fill_masks([matcher, matcher.copy()], np.zeros((1, compiler.num_words), np.int32))
+    with pytest.raises(ValueError, match="need as many rows"):
+        fill_masks([matcher, matcher.copy()], np.zeros((2, compiler.num_words), np.int32), [1, 2])
 
 
 @pytest.mark.parametrize(
