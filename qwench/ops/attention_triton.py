@@ -2,9 +2,9 @@
 
 Each program reads a part of one sequence's pages once for all query heads that share a key head, and keeps a running
 softmax. In decoding steps of many sequences, the copy engine of the processor fetches whole blocks of the cache (TMA:
-one instruction a block instead of an address an element). Long sequences of a small batch are split over several programs; the last of them to finish merges the parts.
-How often a sequence is split depends on the batch size that the caller was built for and on its own length, and the
-order of the sums on nothing else.
+one instruction a block instead of an address an element). Long sequences of a small batch are split over several
+programs; the last of them to finish merges the parts. How often a sequence is split depends on the batch size that the
+caller was built for and on its own length, and the order of the sums on nothing else.
 
 `decode_attention` also rotates q and k and writes the new key and value to the cache: one kernel for all that lies
 between the two projections of a decoding step.
@@ -332,7 +332,8 @@ def decode_attention(
     launch: Any = _decode_kernel[(num_seqs, kv_heads, work.tile.splits)]
     launch(
         q_BHD, k_BKD, v_BKD, rope.positions_T, rope.inv_freq_R, meta.slots, keys, values, *blocks,
-        meta.block_table, meta.lens_k, work.out, work.part_out, work.part_lse, work.counters, size**-0.5 * LOG2E, window or 0, work.tile.min_keys,
+        meta.block_table, meta.lens_k, work.out, work.part_out, work.part_lse, work.counters,
+        size**-0.5 * LOG2E, window or 0, work.tile.min_keys,
         q_BHD.stride(0), q_BHD.stride(1), k_BKD.stride(0), k_BKD.stride(1), v_BKD.stride(0), v_BKD.stride(1),
         keys.stride(0), keys.stride(1), keys.stride(2), meta.block_table.stride(0),
         H=heads, G=heads // kv_heads, D=size, P=block_size, M=max(16, triton.next_power_of_2(heads // kv_heads)),
