@@ -60,7 +60,7 @@ def tile_for(num_units: int, head_size: int) -> Tile:
 
     A mix of lengths, 850 keys on average: few units need many programs each, many only a remedy for the longest.
     """
-    if num_units >= (512 if head_size <= 64 else 1024):
+    if (512 <= num_units < 1024) if head_size <= 64 else num_units >= 1024:
         return Tile(keys=64, num_warps=1, num_stages=3, min_keys=512, splits=1, whole_blocks=True)
     if num_units >= 112:
         min_keys = 256 if head_size <= 64 and num_units < 192 else 512
