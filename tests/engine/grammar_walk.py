@@ -1,12 +1,57 @@
-"""Random answers that follow a grammar: at every step any token of the mask, with equal chance."""
+"""What tests of grammars share: schemas, and random answers, at every step any token of the mask with equal chance."""
 
 from __future__ import annotations
 
+import json
 import random
+from typing import Any
 
 import numpy as np
 
 from qwench.engine.grammar import GrammarCompiler, Matcher
+from qwench.types import Grammar
+
+SCHEMAS: list[dict[str, Any]] = [
+    {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "string"}}, "required": ["a"]},
+    {"type": "array", "items": {"enum": ["x", "é", 3, None, True]}, "minItems": 2, "maxItems": 4},
+    {"type": "string", "pattern": "^[a-c]{2,5}$"},
+    {"type": "string", "minLength": 3, "maxLength": 6},
+    {"type": "number", "minimum": -2.5, "exclusiveMaximum": 1000},
+    {"type": "integer", "multipleOf": 7, "minimum": 14, "maximum": 700},
+    {"const": {"k": [1, "two"]}},
+    {"anyOf": [{"type": "boolean"}, {"type": "array", "items": {"type": "null"}, "maxItems": 3}]},
+    {"allOf": [{"type": "object", "properties": {"a": {"type": "boolean"}}}, {"required": ["a"]}]},
+    {
+        "$ref": "#/$defs/tree",
+        "$defs": {
+            "tree": {
+                "type": "object",
+                "properties": {
+                    "name": {"type": "string"},
+                    "kids": {"type": "array", "items": {"$ref": "#/$defs/tree"}},
+                },
+                "required": ["name"],
+                "additionalProperties": False,
+            }
+        },
+    },
+    {"type": "object", "additionalProperties": {"type": "integer"}},
+    {"type": "string", "format": "date"},
+]
+
+
+def schema(value: object) -> Grammar:
+    return Grammar(kind="json_schema", value=json.dumps(value))
+
+
+def feed(compiler: GrammarCompiler, matcher: Matcher, text: str) -> bool:
+    """Whether the matcher takes the text."""
+    for token in compiler.tokenizer.encode(text):
+        try:
+            matcher.consume(token)
+        except ValueError:
+            return False
+    return True
 
 
 def allowed(matcher: Matcher) -> list[int]:
