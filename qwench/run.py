@@ -37,6 +37,8 @@ console = Console(stderr=True)
 
 PACKAGES = ("torch", "numpy", "tokenizers", "gigatoken", "safetensors", "pydantic")
 Resume = Literal["auto", "force", "never"]
+NOT_THE_RECIPE = ("out", "resume", "gpus", "parallel")
+"""Keys that may differ when a run is continued: where and on how many GPUs, not what is computed."""
 
 
 class Run:
@@ -72,7 +74,7 @@ class Run:
         if resume == "never":
             raise ValueError(f"{self.path} already holds a run; give another out=... or resume=auto")
         old, new = config.read_toml(recorded), config.to_dict(recipe)
-        changed = sorted(set(_differences(old, new)) - {"out", "resume"})
+        changed = sorted(key for key in set(_differences(old, new)) if key.partition(".")[0] not in NOT_THE_RECIPE)
         if changed and resume == "auto":
             raise ValueError(
                 f"{self.path} holds a run of another recipe (different: {', '.join(changed)}); "

@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 
 import torch
+from torch import Tensor
 
+from qwench.model.config import ModelConfig
 from qwench.model.decoder import CausalLM
 
 RESIDUAL_OUTPUTS = ("o_proj.weight", "down_proj.weight")
@@ -25,13 +27,20 @@ def init_weights(model: CausalLM, seed: int, scale_residual: bool = True) -> Non
     """Fill all parameters in place. `scale_residual` draws the residual outputs from N(0, std / sqrt(2 layers)), as
     Qwen-1's code does; the released Qwen2 code does not say what training used, so it is an option.
     """
-    std = model.config.initializer_range
-    residual_std = std / (2 * model.config.num_hidden_layers) ** 0.5 if scale_residual else std
     for name, parameter in model.named_parameters():
-        if name.endswith("norm.weight"):
-            parameter.fill_(1.0)
-        elif name.endswith("bias"):
-            parameter.zero_()
-        else:
-            generator = torch.Generator(parameter.device).manual_seed(parameter_seed(seed, name))
-            parameter.normal_(0.0, residual_std if name.endswith(RESIDUAL_OUTPUTS) else std, generator=generator)
+        init_parameter(name, parameter, model.config, seed, scale_residual)
+
+
+@torch.no_grad()
+def init_parameter(name: str, out: Tensor, config: ModelConfig, seed: int, scale_residual: bool = True) -> None:
+    """Fill one whole parameter, given by its full name, in place."""
+    std = config.initializer_range
+    if scale_residual and name.endswith(RESIDUAL_OUTPUTS):
+        std /= (2 * config.num_hidden_layers) ** 0.5
+    if name.endswith("norm.weight"):
+        out.fill_(1.0)
+    elif name.endswith("bias"):
+        out.zero_()
+    else:
+        generator = torch.Generator(out.device).manual_seed(parameter_seed(seed, name))
+        out.normal_(0.0, std, generator=generator)

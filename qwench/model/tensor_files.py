@@ -201,21 +201,29 @@ def _write_entries(path: Path, entries: Sequence[Entry], read: ReadRows, advance
     _write_file(path, [(entry.name, entry.shape, entry.dtype) for entry in entries], chunks())
 
 
-def _write_file(path: Path, specs: Sequence[tuple[str, tuple[int, ...], torch.dtype]], data: Iterator[Tensor]) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, shape, dtype in specs:
-        end = offset + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # data begin on a multiple of 8 bytes
+Specs = Sequence[tuple[str, tuple[int, ...], torch.dtype]]
+
+
+def _write_file(path: Path, specs: Specs, data: Iterator[Tensor]) -> None:
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(make_header(specs)[0])
         for part in data:
             file.write(byte_view(part))
         file.flush()
         os.fsync(file.fileno())
+
+
+def make_header(specs: Specs) -> tuple[bytes, dict[str, int]]:
+    """The beginning of a file with these tensors in this order, and the byte at which each begins in the file."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset, begins = 0, {}
+    for name, shape, dtype in specs:
+        end = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        begins[name], offset = offset, end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # data begin on a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text, {name: 8 + len(text) + begin for name, begin in begins.items()}
 
 
 def row_chunks(entry: Entry, read: ReadRows) -> Iterator[Tensor]:
@@ -235,6 +243,14 @@ def write_shards(
     directory: Path, entries: Sequence[Entry], read: ReadRows, max_shard_bytes: int, advance: Callable[[int], None]
 ) -> None:
     """model.safetensors, or model-00001-of-0000N.safetensors and so on with an index, as Hugging Face does."""
+    files = split_files(entries, max_shard_bytes)
+    for name, shard in files.items():
+        _write_entries(directory / name, shard, read, advance)
+    write_index(directory, files)
+
+
+def split_files(entries: Sequence[Entry], max_shard_bytes: int) -> dict[str, list[Entry]]:
+    """Which of Hugging Face's file names holds which tensors: one file, or several of at most `max_shard_bytes`."""
     shards: list[list[Entry]] = [[]]
     filled = 0
     for entry in entries:
@@ -244,13 +260,15 @@ def write_shards(
         shards[-1].append(entry)
         filled += entry.num_bytes
     if len(shards) == 1:
-        _write_entries(directory / "model.safetensors", entries, read, advance)
+        return {"model.safetensors": shards[0]}
+    return {f"model-{number:05}-of-{len(shards):05}.safetensors": shard for number, shard in enumerate(shards, 1)}
+
+
+def write_index(directory: Path, files: Mapping[str, Sequence[Entry]]) -> None:
+    """The index beside several files; one file needs none."""
+    if len(files) == 1:
         return
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        _write_entries(directory / name, shard, read, advance)
-        weight_map |= {entry.name: name for entry in shard}
-    total = sum(entry.num_bytes for entry in entries)
+    weight_map = {entry.name: name for name, shard in files.items() for entry in shard}
+    total = sum(entry.num_bytes for shard in files.values() for entry in shard)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -102,20 +102,30 @@ def write_directory(
     progress: bool = False,
 ) -> None:
     """Config files and weights of a checkpoint, in Hugging Face's or Qwen-1's layout, into an empty directory."""
-    config = checkpoint.config
-    table = config.to_hf() if layout == "hf" else config.to_qwen1()
     entries = plan(checkpoint, layout, dtype)
     widest = entries[0].dtype
     for entry in entries:
         widest = torch.promote_types(widest, entry.dtype)
-    table["torch_dtype"] = str(widest).removeprefix("torch.")
-    if layout == "qwen1":
-        flags = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-        table |= {flag: widest == kind for flag, kind in flags.items()}
-    write_json(directory / "config.json", table)
-    write_json(directory / "generation_config.json", generation_config or default_generation(config))
+    write_configs(checkpoint.config, directory, layout, widest, generation_config)
     with progress_bar("writing", sum(entry.num_bytes for entry in entries), show=progress) as advance:
         write_shards(directory, entries, checkpoint.reader(), max_shard_bytes, advance)
+
+
+def write_configs(
+    config: ModelConfig,
+    directory: Path,
+    layout: Literal["hf", "qwen1"],
+    dtype: torch.dtype,
+    generation_config: Mapping[str, Any] | None = None,
+) -> None:
+    """config.json and generation_config.json for weights in `dtype`."""
+    table = config.to_hf() if layout == "hf" else config.to_qwen1()
+    table["torch_dtype"] = str(dtype).removeprefix("torch.")
+    if layout == "qwen1":
+        flags = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+        table |= {flag: dtype == kind for flag, kind in flags.items()}
+    write_json(directory / "config.json", table)
+    write_json(directory / "generation_config.json", generation_config or default_generation(config))
 
 
 def plan(checkpoint: Checkpoint, layout: Layout, dtype: str | torch.dtype) -> list[Entry]:

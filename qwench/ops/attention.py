@@ -6,6 +6,9 @@ S keys of one sequence, N cache blocks, P positions in a block.
 Contract of `attention(q_THD, k_TKD, v_TKD, meta, cache=None, window=None, rope=None) -> out_THD`
 * The T tokens are B sequences laid end to end; sequence b owns rows cu_q[b]:cu_q[b+1].
 * Without a cache, a query sees the keys of its own sequence up to and including itself.
+* Without a cache but with `meta.cu_k`, sequence b has the keys cu_k[b]:cu_k[b+1] of k and v, and its queries are the
+  last of them: a piece of a sequence whose earlier keys were computed elsewhere. `meta.gather` brings them: it makes
+  these keys and values of the k and v given, after the rotation.
 * With `rope`, q and k are rotated first, and with a cache the rotated k and v are written to it at `meta.slots`.
   Without, both has been done already (see `ops.rope.rope_and_store`).
 * With a cache, sequence b has `lens_k[b]` keys (old and new), found through `block_table[b]`, and its queries are the
@@ -18,7 +21,7 @@ Contract of `attention(q_THD, k_TKD, v_TKD, meta, cache=None, window=None, rope=
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,12 +60,38 @@ class AttnMeta:
     """With a cache: whether any sequence after the first `num_decodes` has keys from before. True is always right."""
     num_keys: int = 0
     """Sum of lens_k after the first `num_decodes`; 0 where the host does not know it."""
+    cu_k: Tensor | None = None
+    """[B + 1] int32, without a cache: start row of each sequence's keys, then their sum; None: the same as cu_q."""
+    gather: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+    """With cu_k: (k, v) of the T tokens -> keys and values of all sequences, differentiable; None: k, v are those."""
 
     @staticmethod
-    def packed(seq_lens: Sequence[int], device: torch.device | str = "cpu") -> AttnMeta:
-        """Sequences laid end to end, no cache."""
-        lens = torch.tensor([0, *seq_lens], dtype=torch.int32)
-        return AttnMeta(cu_q=lens.cumsum(0, dtype=torch.int32).to(device), max_q=max(seq_lens))
+    def packed(
+        seq_lens: Sequence[int],
+        device: torch.device | str = "cpu",
+        key_lens: Sequence[int] | None = None,
+        gather: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    ) -> AttnMeta:
+        """Sequences laid end to end, no cache. `key_lens`: how many keys each has, where not one a query."""
+        if key_lens is None:
+            return AttnMeta(cu_q=_starts(seq_lens).to(device), max_q=max(seq_lens))
+        assert all(q <= k for q, k in zip(seq_lens, key_lens, strict=True)), "queries are the last of their keys"
+        return AttnMeta(
+            cu_q=_starts(seq_lens).to(device),
+            max_q=max(seq_lens),
+            max_k=max(key_lens),
+            cu_k=_starts(key_lens).to(device),
+            gather=gather,
+        )
+
+    @property
+    def packed_keys(self) -> tuple[Tensor, int]:
+        """(cu_k, longest sequence of keys) of a packed stream without a cache."""
+        return (self.cu_q, self.max_q) if self.cu_k is None else (self.cu_k, self.max_k)
+
+
+def _starts(lens: Sequence[int]) -> Tensor:
+    return torch.tensor([0, *lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
 
 
 def attention(
@@ -83,6 +112,9 @@ def attention(
             if attention_paged.decodes(q_THD, meta):
                 return attention_paged.decode(q_THD, k_TKD, v_TKD, rope, meta, cache, window)
         q_THD, k_TKD = rope_and_store(q_THD, k_TKD, v_TKD, rope, cache, meta.slots if cache is not None else None)
+    if meta.gather is not None:
+        assert cache is None, "gathered keys are not cached"
+        k_TKD, v_TKD = meta.gather(k_TKD, v_TKD)
     return run(q_THD, k_TKD, v_TKD, meta, cache, window)
 
 
@@ -90,9 +122,11 @@ def _sequences(k_TKD: Tensor, v_TKD: Tensor, meta: AttnMeta, cache: KVCache | No
     """Yield (first row, end row, keys [S, K, D], values [S, K, D]) of each sequence."""
     starts = meta.cu_q.tolist()
     lens_k = meta.lens_k.tolist() if cache is not None and meta.lens_k is not None else None
+    key_starts = starts if meta.cu_k is None else meta.cu_k.tolist()
     for b, (start, stop) in enumerate(itertools.pairwise(starts)):
         if cache is None or lens_k is None:
-            yield start, stop, k_TKD[start:stop], v_TKD[start:stop]
+            keys_of_b = slice(key_starts[b], key_starts[b + 1])
+            yield start, stop, k_TKD[keys_of_b], v_TKD[keys_of_b]
             continue
         assert meta.block_table is not None
         keys, values = cache
@@ -135,7 +169,7 @@ def _sdpa(
 ) -> Tensor:
     """torch's fused attention: one call for sequences of equal length, else one call a sequence."""
     num_tokens, num_seqs = q_THD.shape[0], meta.cu_q.numel() - 1
-    if cache is None and num_tokens == num_seqs * meta.max_q:
+    if cache is None and meta.cu_k is None and num_tokens == num_seqs * meta.max_q:
         q, k, v = (x.unflatten(0, (num_seqs, meta.max_q)).transpose(1, 2) for x in (q_THD, k_TKD, v_TKD))
         return _sdpa_call(q, k, v, window).transpose(1, 2).flatten(0, 1)
     outs = [
@@ -183,7 +217,8 @@ def _short(
     if cache is not None and (decodes := num_seqs if meta.max_q == 1 else meta.num_decodes):
         return _decode_first(decodes, q_THD, k_TKD, v_TKD, meta, cache, window)
     wasteful = num_seqs * meta.max_q > 4 * num_tokens
-    if cache is not None or window is not None or meta.max_q > SHORT or wasteful or not torch.is_grad_enabled():
+    more_keys = cache is not None or meta.cu_k is not None
+    if more_keys or window is not None or meta.max_q > SHORT or wasteful or not torch.is_grad_enabled():
         return _sdpa(q_THD, k_TKD, v_TKD, meta, cache, window)
     if num_tokens == num_seqs * meta.max_q:
         return _short_grid(q_THD, k_TKD, v_TKD, num_seqs)

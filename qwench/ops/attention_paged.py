@@ -2,7 +2,8 @@
 
 * Single queries over a paged cache (decoding) and short runs of queries (drafts to verify): our Triton kernel.
 * Everything else is a packed stream of fresh keys, or keys gathered from the pages: FlashAttention-4 where it is
-  installed (extra `fa4`), cuDNN for one sequence, torch's variable-length FlashAttention for the rest.
+  installed (extra `fa4`), cuDNN for one sequence, torch's variable-length FlashAttention for the rest. With a gradient:
+  `ops.attention_train`.
 
 Measured on an H200, forward, TFLOP/s at head size 64 / 128, 32,768 tokens: FlashAttention-4 611 / 664, cuDNN 465 / 591,
 torch's FlashAttention 302 / 346.
@@ -37,7 +38,8 @@ def attention(
     if q_THD.dtype not in HALF:
         return None
     if cache is None:
-        return _packed(q_THD, k_TKD, v_TKD, meta.cu_q, meta.cu_q, meta.max_q, meta.max_q, window)
+        cu_k, max_k = meta.packed_keys
+        return _packed(q_THD, k_TKD, v_TKD, meta.cu_q, cu_k, meta.max_q, max_k, window)
     num_seqs, num_decodes = meta.cu_q.numel() - 1, meta.num_decodes
     # Batch-invariant: a prompt is read by one kernel, whatever stands beside it.
     if num_decodes == num_seqs or (meta.max_q <= MAX_SHORT_QUERIES and not batch_invariant()):
@@ -123,9 +125,13 @@ def _packed(
     window: int | None,
 ) -> Tensor:
     """Causal attention of packed sequences whose queries are the last of their keys."""
-    grad = torch.is_grad_enabled() and q_THD.requires_grad
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (q_THD, k_SKD, v_SKD)):
+        from qwench.ops.attention_train import extent_of, packed_attention
+
+        extent = extent_of(max_q, max_k, cu_q.numel() - 1)
+        return packed_attention(q_THD, k_SKD, v_SKD, cu_q, cu_k, extent, window)
     one = cu_q.numel() == 2 and max_q == max_k and window is None and not batch_invariant()
-    if not grad and (flash := flash_attention_4()) is not None:
+    if (flash := flash_attention_4()) is not None:
         left = window - 1 if window is not None else None
         out = flash(
             q_THD,
@@ -139,7 +145,7 @@ def _packed(
             window_size=(left, 0) if left is not None else (None, None),
         )
         return out[0] if isinstance(out, tuple) else out
-    if not grad and one:
+    if one:
         q, k, v = (x.transpose(0, 1)[None] for x in (q_THD, k_SKD, v_SKD))
         with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)[0].transpose(0, 1)

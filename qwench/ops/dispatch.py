@@ -43,6 +43,8 @@ class Implementation:
 class Operation:
     name: str
     implementations: Sequence[Implementation]
+    when_compiled: Callable[..., Any] | None = None
+    """What `torch.compile` traces; None: the reference, which it fuses better than it could call kernels."""
     _chosen: dict[str, Implementation] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -53,6 +55,8 @@ class Operation:
 
     def choose(self, device: torch.device) -> Callable[..., Any]:
         """The forced implementation, else the first that supports `device` (remembered per device type)."""
+        if torch.compiler.is_compiling():  # train.compile refuses forced ones
+            return self.when_compiled or self.implementations[-1].run
         if name := _FORCED.get().get(self.name):
             return self.named(name, device).run
         if device.type not in self._chosen:
@@ -93,6 +97,10 @@ def batch_invariant_kernels() -> Iterator[None]:
             yield
     finally:
         _INVARIANT.reset(token)
+
+
+def forced_choices() -> Mapping[str, str]:
+    return _FORCED.get()
 
 
 def batch_invariant() -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ from torch import Tensor
 
 from qwench.data.packing import PackedRow
 from qwench.ops.attention import AttnMeta
+from qwench.parallel.context import Part, cut
+from qwench.parallel.layout import Team
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,27 +35,42 @@ PAD_MULTIPLE = 256
 """Batches are padded to a multiple of this many tokens, so that kernels are built for few shapes."""
 
 
-def make_batch(rows: Sequence[PackedRow], device: torch.device) -> Batch:
-    """Positions restart at 0 in every sequence. Padding is a row of its own without loss weight."""
-    num_padding = -sum(row.num_tokens for row in rows) % PAD_MULTIPLE
+def make_batch(rows: Sequence[PackedRow], device: torch.device, team: Team | None = None) -> Batch:
+    """Positions restart at 0 in every sequence. Padding is a row of its own without loss weight.
+
+    With a context axis in the team, the part of this rank: some tokens of every row. Where rows do not all divide into
+    the pieces of the axis, as rows of samples do not, all of them together are cut as one.
+    """
+    context, tensor = (1, 1) if team is None else (team.layout.context, team.layout.tensor)
+    multiple = math.lcm(PAD_MULTIPLE, 2 * context * tensor)
+    num_padding = -sum(row.num_tokens for row in rows) % multiple
     if num_padding:
-        rows = [*rows, _padding(num_padding)]
+        rows = [*rows, padding_row(num_padding)]
     seq_lens = np.concatenate([row.seq_lens for row in rows])
     starts = np.repeat(np.cumsum(seq_lens) - seq_lens, seq_lens)
+    part: Part | None = None
+    if team is not None and context > 1:
+        row_lens = [row.num_tokens for row in rows]
+        even = all(num_tokens % (2 * context) == 0 for num_tokens in row_lens)
+        part = cut(seq_lens.tolist(), team.place("context"), context, row_lens if even else None)
 
-    def tensor(parts: Sequence[np.ndarray], dtype: torch.dtype) -> Tensor:
-        return torch.from_numpy(np.concatenate(parts)).to(device=device, dtype=dtype)
+    def tensor_of(parts: Sequence[np.ndarray], dtype: torch.dtype) -> Tensor:
+        values = np.concatenate(parts)
+        return torch.from_numpy(values if part is None else values[part.index]).to(device=device, dtype=dtype)
 
     return Batch(
-        tokens_T=tensor([row.tokens for row in rows], torch.int64),
-        targets_T=tensor([row.targets for row in rows], torch.int64),
-        positions_T=tensor([np.arange(len(starts)) - starts], torch.int64),
-        loss_weights_T=tensor([row.loss_weights for row in rows], torch.float32),
-        meta=AttnMeta.packed(seq_lens.tolist(), device),
+        tokens_T=tensor_of([row.tokens for row in rows], torch.int64),
+        targets_T=tensor_of([row.targets for row in rows], torch.int64),
+        positions_T=tensor_of([np.arange(len(starts)) - starts], torch.int64),
+        loss_weights_T=tensor_of([row.loss_weights for row in rows], torch.float32),
+        meta=AttnMeta.packed(seq_lens.tolist(), device)
+        if part is None or team is None
+        else part.meta(team.group("context"), device),
     )
 
 
-def _padding(num_tokens: int) -> PackedRow:
+def padding_row(num_tokens: int) -> PackedRow:
+    """A row without any loss weight."""
     zeros = np.zeros(num_tokens, np.int32)
     # In pieces, so that padding never is the longest sequence of a batch of short ones.
     seq_lens = np.array([32] * (num_tokens // 32) + [num_tokens % 32] * (num_tokens % 32 > 0), np.int32)

@@ -5,8 +5,9 @@
     state.json              step, data position, guard, best validation loss
     COMPLETE                written last
 
-A checkpoint is built in a hidden sibling directory and renamed into place, so that a crash at any moment leaves the
-previous ones whole; the next process removes what is left over.
+The files are the same for any number of ranks: all of them write into them at once (`sharded_files.py`), and a rank of
+any layout reads the parts that it needs. A checkpoint is built in a hidden sibling directory and renamed into place, so
+that a crash of any rank at any moment leaves the previous ones whole; the next process removes what is left over.
 """
 
 from __future__ import annotations
@@ -15,18 +16,28 @@ import json
 import logging
 import re
 import shutil
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 
+from qwench.model.atomic import atomic_directory
+from qwench.model.checkpoint import open_checkpoint
+from qwench.model.config import ModelConfig
 from qwench.model.decoder import CausalLM
-from qwench.model.weights import load_weights, save_pretrained, sync_directory, write_safetensors
+from qwench.model.names import pieces
+from qwench.model.tensor_files import Entry, SafetensorsStore, split_files, write_index
+from qwench.model.weights import MAX_SHARD_BYTES, sync_directory, write_configs
+from qwench.parallel.blocks import Block, blocks_of, parameter_blocks, whole_shapes
+from qwench.parallel.layout import Team
 from qwench.tokenizer import Tokenizer
-from qwench.train.optim import Optimizers, load_optimizer_tensors, optimizer_tensors
+from qwench.train.optim import Optimizers, allocate_states, optimizer_states
+from qwench.train.sharded_files import Specs, TensorFiles, read_blocks
 
 log = logging.getLogger("qwench.train")
 
@@ -49,58 +60,133 @@ class TrainState:
 
 
 class Checkpoints:
-    """The checkpoints of one run: save atomically, find, load, prune."""
+    """The checkpoints of one run: save atomically, find, load, prune. All ranks call its methods together.
 
-    def __init__(self, directory: Path, keep_last: int, keep_best: bool) -> None:
+    With `background`, `save` copies the rank's share to the host and returns; a thread writes it. At most one save is
+    under way: the next one, and `wait`, wait for it and raise what went wrong.
+    """
+
+    def __init__(
+        self, directory: Path, keep_last: int, keep_best: bool, team: Team | None = None, *, background: bool = False
+    ) -> None:
         if keep_last < 1:
             raise ValueError(f"checkpoint.keep_last is {keep_last}; keep at least 1")
         self.directory, self.keep_last, self.keep_best = directory, keep_last, keep_best
+        self.team = team or Team.alone(torch.device("cpu"))
+        self.background = background
+        self._begun: set[int] = set()
+        self._staging: list[Tensor] = []
+        self._thread: Thread | None = None
+        self._error: BaseException | None = None
 
     def path(self, step: int) -> Path:
         return self.directory / f"step_{step:09d}"
 
     def steps(self) -> list[int]:
-        """Steps of complete checkpoints, ascending."""
+        """Steps of complete checkpoints, ascending; what this rank sees."""
         found = (_NAME.fullmatch(marker.parent.name) for marker in self.directory.glob("step_*/COMPLETE"))
         return sorted(int(match[1]) for match in found if match)
-
-    def is_saved(self, step: int) -> bool:
-        return (self.path(step) / "COMPLETE").exists()
 
     def save(self, model: CausalLM, tokenizer: Tokenizer | None, optimizer: Optimizers, state: TrainState) -> Path:
         """Raises OSError (disk full, no permission) after removing what it had written; older checkpoints stay.
 
         A step is saved once: replacing a checkpoint would leave a moment in which there is none.
         """
-        if self.is_saved(state.step):
-            return self.path(state.step)
-        self.directory.mkdir(parents=True, exist_ok=True)
-        final, partial = self.path(state.step), self.directory / f".step_{state.step:09d}"
+        self.wait()
+        final = self.path(state.step)
+        if state.step not in self._begun and not self.team.agree((final / "COMPLETE").exists()):
+            blocks = list(_all_blocks(model, optimizer, self.team))
+            files = _model_files(model.config, torch.float32, "model/") | _optimizer_files(model, optimizer)
+            text = json.dumps(_to_json(state), indent=1)
+            if self.background:
+                blocks = self._stage(blocks)
+            arguments = (final, model.config, tokenizer, blocks, files, text, state.best_step)
+            if self.background:
+                self._thread = Thread(target=self._write_and_keep_error, args=arguments, name="qwench-checkpoint")
+                self._thread.start()
+            else:
+                self._write(*arguments)
+        self._begun.add(state.step)
+        return final
+
+    def wait(self) -> None:
+        """Until the save in the background is complete on all ranks. Raises its error."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _stage(self, blocks: list[Block]) -> list[Block]:
+        """The blocks in the host's memory, which is pinned for a GPU and kept for the next time."""
+        pinned = self.team.device.type == "cuda"
+        shapes = [(block.values.shape, block.values.dtype) for block in blocks]
+        if shapes != [(buffer.shape, buffer.dtype) for buffer in self._staging]:
+            self._staging = [torch.empty(shape, dtype=dtype, pin_memory=pinned) for shape, dtype in shapes]
+        for block, buffer in zip(blocks, self._staging, strict=True):
+            buffer.copy_(block.values, non_blocking=True)
+        if pinned:
+            torch.cuda.current_stream(self.team.device).synchronize()
+        return [replace(block, values=buffer) for block, buffer in zip(blocks, self._staging, strict=True)]
+
+    def _write_and_keep_error(self, *arguments: Any) -> None:
         try:
+            self._write(*arguments)
+        except BaseException as error:
+            log.exception("saving a checkpoint")
+            self._error = error
+
+    def _write(
+        self,
+        final: Path,
+        config: ModelConfig,
+        tokenizer: Tokenizer | None,
+        blocks: list[Block],
+        files: dict[str, Specs],
+        state_text: str,
+        best_step: int,
+    ) -> None:
+        partial = final.with_name(f".{final.name}")
+        writer = TensorFiles(partial, files)
+
+        def begin() -> None:
+            self.directory.mkdir(parents=True, exist_ok=True)
             partial.mkdir()
-            save_pretrained(model, partial / "model", tokenizer=tokenizer)
-            write_safetensors(partial / "optimizer.safetensors", optimizer_tensors(model, optimizer))
-            (partial / "state.json").write_text(json.dumps(_to_json(state), indent=1))
+            (partial / "model").mkdir()
+            writer.create()
+
+        def end() -> None:
+            _write_model_parts(partial / "model", config, tokenizer, torch.float32)
+            (partial / "state.json").write_text(state_text)
             (partial / "COMPLETE").touch()
+            sync_directory(partial / "model")
             sync_directory(partial)
             if final.exists():  # without COMPLETE: the rest of an interrupted removal
                 shutil.rmtree(final)
             partial.rename(final)
             sync_directory(self.directory)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        self.prune(state)
-        return final
 
-    def prune(self, state: TrainState) -> None:
-        """Remove checkpoints that are neither new nor the best, and what an interrupted save or removal left."""
+        try:
+            _in_turn(self.team, begin, lambda: writer.write(blocks), end)
+        except BaseException:
+            if self.team.is_main:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
+        if self.team.is_main:
+            self.prune(best_step)
+
+    def prune(self, best_step: int) -> None:
+        """Remove checkpoints that are neither new nor the best, and what an interrupted save or removal left.
+
+        By one rank alone.
+        """
         for leftover in sorted(self.directory.glob(".step_*")):
             shutil.rmtree(leftover)
         steps = self.steps()
         keep = set(steps[-self.keep_last :])
         if self.keep_best:
-            keep.add(state.best_step)
+            keep.add(best_step)
         for path in sorted(self.directory.glob("step_*")):
             match = _NAME.fullmatch(path.name)
             if match and int(match[1]) not in keep:
@@ -109,13 +195,104 @@ class Checkpoints:
                 shutil.rmtree(path)
 
     def load(self, step: int, model: CausalLM, optimizer: Optimizers) -> TrainState:
-        """Fill model and optimiser in place. Raises ValueError when the checkpoint does not fit them."""
+        """Fill model and optimiser in place: this rank's share, whatever layout wrote it.
+
+        Raises ValueError, before anything is changed, when the checkpoint does not fit them.
+        """
         path = self.path(step)
-        load_weights(model, path / "model")
-        with safe_open(path / "optimizer.safetensors", framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        load_optimizer_tensors(model, optimizer, tensors)
-        return _from_json(json.loads((path / "state.json").read_text()))
+        store = SafetensorsStore([path / "optimizer.safetensors"])
+        allocate_states(model, optimizer, {name: info.shape for name, info in store.tensors.items()})
+        shapes = whole_shapes(model)
+        for name, key, _, _ in optimizer_states(model, optimizer):
+            whole = store.tensors[f"{name}/{key}"].shape
+            if whole and whole != shapes[name]:
+                raise ValueError(
+                    f"the saved optimiser state {name}/{key} has shape {list(whole)}; it is another model's"
+                )
+        read_model(path / "model", model, self.team)
+        read_blocks(store, _optimizer_blocks(model, optimizer, self.team))
+        return self.read_state(step)
+
+    def read_state(self, step: int) -> TrainState:
+        """The small part of a checkpoint."""
+        return _from_json(json.loads((self.path(step) / "state.json").read_text()))
+
+
+# ------------------------------------------------------------------------------------------------------ all and blocks
+def _in_turn(team: Team, begin: Callable[[], None], work: Callable[[], None], end: Callable[[], None]) -> None:
+    """`begin` on rank 0, then `work` on all ranks, then `end` on rank 0; an error of one is an error of all."""
+    for action, by_all in ((begin, False), (work, True), (end, False)):
+        error: Exception | None = None
+        try:
+            if by_all or team.is_main:
+                action()
+        except Exception as caught:
+            error = caught
+        failed = team.gather_errors(None if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        if failed:
+            rank, what = failed
+            raise OSError(f"rank {rank} could not write its share of a checkpoint: {what}")
+
+
+def _all_blocks(model: CausalLM, optimizer: Optimizers, team: Team) -> Iterator[Block]:
+    yield from blocks_of(model, team, once=True)
+    yield from _optimizer_blocks(model, optimizer, team, once=True)
+
+
+def _optimizer_blocks(model: CausalLM, optimizer: Optimizers, team: Team, *, once: bool = False) -> Iterator[Block]:
+    """The optimiser's state by "<parameter name>/<state name>", in the shapes of our parameters."""
+    for name, key, parameter, value in optimizer_states(model, optimizer):
+        if value.ndim == 0:
+            if team.is_main or not once:
+                yield Block(f"{name}/{key}", (), value)
+            continue
+        for block in parameter_blocks(name, parameter, value, model.config, team, once=once):
+            yield replace(block, name=f"{name}/{key}")
+
+
+def _optimizer_files(model: CausalLM, optimizer: Optimizers) -> dict[str, Specs]:
+    shapes = whole_shapes(model)
+    specs = [
+        (f"{name}/{key}", shapes[name] if value.ndim else (), value.dtype)
+        for name, key, _, value in optimizer_states(model, optimizer)
+    ]
+    return {"optimizer.safetensors": specs}
+
+
+def _model_entries(config: ModelConfig, dtype: torch.dtype) -> dict[str, list[Entry]]:
+    table = pieces(config, "hf")
+    entries = [Entry(piece.name, piece.shape, dtype, name, 0) for name, parts in table.items() for piece in parts]
+    return split_files(entries, MAX_SHARD_BYTES)
+
+
+def _model_files(config: ModelConfig, dtype: torch.dtype, prefix: str) -> dict[str, Specs]:
+    return {
+        prefix + file: [(entry.name, entry.shape, entry.dtype) for entry in entries]
+        for file, entries in _model_entries(config, dtype).items()
+    }
+
+
+def _write_model_parts(directory: Path, config: ModelConfig, tokenizer: Tokenizer | None, dtype: torch.dtype) -> None:
+    """What belongs to a model directory beside the weights."""
+    write_configs(config, directory, "hf", dtype)
+    write_index(directory, _model_entries(config, dtype))
+    if tokenizer is not None:
+        tokenizer.save(directory)
+
+
+def read_model(directory: Path, model: CausalLM, team: Team) -> None:
+    """This rank's share of a Hugging Face directory. Raises ValueError if it holds another model."""
+    checkpoint = open_checkpoint(directory)
+    checkpoint.checked_table()
+    stored, wanted = checkpoint.table, pieces(model.config, "hf")
+    for name in sorted(stored.keys() | wanted.keys()):
+        if stored.get(name) != wanted.get(name):
+            shapes = [[piece.shape for piece in table.get(name, ())] for table in (stored, wanted)]
+            raise ValueError(f"{directory} is another model: {name} is {shapes[0]} there and {shapes[1]} here")
+    assert isinstance(checkpoint.store, SafetensorsStore)
+    read_blocks(checkpoint.store, blocks_of(model, team))
 
 
 def _to_json(state: TrainState) -> dict[str, Any]:
@@ -136,8 +313,21 @@ def _from_json(table: dict[str, Any]) -> TrainState:
     return TrainState(**table, best_loss=float("inf") if best is None else best)
 
 
-def export(model: nn.Module, tokenizer: Tokenizer | None, directory: Path, dtype: torch.dtype) -> None:
-    """The result of a run as a Hugging Face directory in `dtype`."""
+def export(
+    model: nn.Module, tokenizer: Tokenizer | None, directory: Path, dtype: torch.dtype, team: Team | None = None
+) -> None:
+    """The result of a run as a Hugging Face directory in `dtype`, complete or not at all. By all ranks together."""
     assert isinstance(model, CausalLM)
-    save_pretrained(model, directory, tokenizer=tokenizer, dtype=dtype)
+    team = team or Team.alone(torch.device("cpu"))
+    overwrite = (directory / "config.json").is_file()
+    with atomic_directory(directory, overwrite=overwrite) if team.is_main else nullcontext(directory) as mine:
+        partial = team.agree(mine)
+        writer = TensorFiles(partial, _model_files(model.config, dtype, ""))
+        _in_turn(
+            team,
+            writer.create,
+            lambda: writer.write(blocks_of(model, team, once=True)),
+            lambda: _write_model_parts(partial, model.config, tokenizer, dtype),
+        )
+    team.barrier()
     log.info("saved %s", directory)

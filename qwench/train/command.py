@@ -6,6 +6,7 @@ import argparse
 import math
 from pathlib import Path
 
+from qwench.parallel.launch import place_in_environment
 from qwench.train.loop import TrainResult
 
 
@@ -23,6 +24,9 @@ def parse_recipe(stage: str, description: str | None, argv: list[str]) -> list[s
 
 
 def report(result: TrainResult, out: Path) -> None:
+    """The closing lines; under torchrun rank 0 alone says them."""
+    if place_in_environment().rank:
+        return
     losses = [f"training loss {result.train_loss:.4f} nats per token"] if math.isfinite(result.train_loss) else []
     if result.val_loss is not None:
         losses.append(f"validation loss {result.val_loss:.4f} nats per token")

@@ -64,6 +64,9 @@ class CheckpointConfig:
     """Newest checkpoints kept on disk."""
     keep_best: bool = True
     """Also keep the checkpoint with the lowest validation loss."""
+    background: Literal["auto", "on", "off"] = "auto"
+    """Write while training goes on, from a copy in the host's memory. auto: on with a GPU; on a CPU the copy would take
+    from the same memory and the writing from the same cores."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "every_steps", "keep_last")
@@ -95,9 +98,9 @@ class LoopConfig:
     epochs: float | None = None
     """Passes over the data; unset means `steps`. Give exactly one of them."""
     batch_rows: int = 16
-    """Packed rows of one optimiser step."""
+    """Packed rows of one optimiser step, on all ranks together."""
     micro_batch_rows: int | None = None
-    """Rows of one forward and backward pass; unset means all of them at once."""
+    """Rows of one forward and backward pass of a rank; unset means all that it has, at once."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Activations and gradients of activations; weights and optimiser states stay fp32.
     auto: bf16 where the processor multiplies it natively."""
@@ -125,6 +128,29 @@ def _require_positive(section: Any, *names: str) -> None:
         value = getattr(section, name)
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} is {value}; give a positive number")
+
+
+@config
+class ParallelConfig:
+    """How the processes of a job share the work; the product of the sizes is their number."""
+
+    pipeline: int = 1
+    """Stages of consecutive layers."""
+    replicate: int = 1
+    """Groups of ranks that each hold the whole model between them, and take different rows."""
+    shard: int = -1
+    """Ranks of a group that divide weights, gradients and optimiser states (FSDP), and take different rows;
+    -1 takes all processes that the other axes leave."""
+    context: int = 1
+    """Ranks that divide the tokens of each row."""
+    tensor: int = 1
+    """Ranks that divide every matrix."""
+    reshard_after_forward: bool = True
+    """Give a block's gathered weights back after its forward pass and gather them again for its backward pass; false
+    keeps them, for less communication and more memory."""
+    accumulate: Literal["whole", "shards"] = "whole"
+    """Gradients between the micro-batches of a step: whole on every rank with one exchange a step, or scattered over
+    the shard group after every micro-batch, for less memory."""
 
 
 @config
@@ -184,7 +210,10 @@ class PretrainConfig:
     """Tokens of a packed row [Qwen TR 2.4]."""
     attend_across: bool = False
     """Let documents of a row attend to each other, as Qwen did; by default they are kept apart."""
+    gpus: int = 1
+    """GPUs of this machine to train on, a process each (with loop.device=cpu: processes). Not under torchrun."""
     loop: LoopConfig
+    parallel: ParallelConfig = ParallelConfig()
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -214,7 +243,10 @@ class SFTConfig:
     """What happens to a conversation longer than seq_len."""
     mask: Literal["assistant", "qwen"] = "assistant"
     """Targets: the assistant's text and closing <|im_end|>, or the labels of Qwen's public script."""
+    gpus: int = 1
+    """GPUs of this machine to train on, a process each (with loop.device=cpu: processes). Not under torchrun."""
     loop: LoopConfig
+    parallel: ParallelConfig = ParallelConfig()
     optim: OptimConfig = OptimConfig(lr=1e-5)
     schedule: ScheduleConfig = ScheduleConfig(warmup_steps=100)
     checkpoint: CheckpointConfig = CheckpointConfig()

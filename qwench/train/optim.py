@@ -6,12 +6,14 @@ AdamW's, so that one learning rate could serve both; embedding, output matrix, n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qwench.parallel.blocks import is_cut, local_part
+from qwench.parallel.layout import Team
 from qwench.train.config import OptimConfig
 
 STATE_NAMES = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, torch.optim.Muon: {"momentum_buffer"}}
@@ -79,27 +81,54 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> Optimizers:
     return Optimizers(members)
 
 
+def squared_gradient_norm(model: nn.Module, team: Team) -> Tensor:
+    """This rank's share of the squared global gradient norm, fp64 on the device: the sum over all ranks is the whole.
+
+    What several ranks hold alike is counted by one of them.
+    """
+    counted = [
+        local_part(parameter.grad)
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+        and team.place("replicate") == 0
+        and (team.place("tensor") == 0 or is_cut(name, team))
+    ]
+    counted = [grad for grad in counted if grad.numel()]
+    if not counted:
+        return torch.zeros((), dtype=torch.float64, device=team.device)
+    norms = torch.stack(list(torch._foreach_norm(counted)))
+    return norms.to(torch.float64).square().sum()
+
+
+def scale_gradients(model: nn.Module, factor: float) -> None:
+    """Multiply all gradients by the same number, in place."""
+    grads = [local_part(p.grad) for p in model.parameters() if p.grad is not None]
+    if factor != 1 and grads:
+        torch._foreach_mul_(grads, factor)
+
+
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
-    """Scale the gradients to a global norm of at most `max_norm` (0: leave them) and return the norm before."""
+    """One process: scale the gradients to a global norm of at most `max_norm` (0: leave them); the norm before."""
     limit = max_norm if max_norm > 0 else float("inf")
     return nn.utils.clip_grad_norm_(model.parameters(), limit)
 
 
-def optimizer_tensors(model: nn.Module, optimizers: Optimizers) -> dict[str, Tensor]:
-    """The optimiser's state by "<parameter name>/<state name>"."""
-    return {
-        f"{name}/{key}": value
-        for name, parameter in model.named_parameters()
-        for key, value in sorted(optimizers.state(parameter).items())
-    }
+def optimizer_states(model: nn.Module, optimizers: Optimizers) -> Iterator[tuple[str, str, nn.Parameter, Tensor]]:
+    """(parameter's name, state's name, parameter, state); a state is a number or laid out as its parameter is."""
+    for name, parameter in model.named_parameters():
+        for key, value in sorted(optimizers.state(parameter).items()):
+            yield name, key, parameter, value
 
 
-def load_optimizer_tensors(model: nn.Module, optimizers: Optimizers, tensors: dict[str, Tensor]) -> None:
-    """Inverse of `optimizer_tensors`. Raises ValueError when the state is of another model or optimiser."""
-    if not tensors:  # saved before the first step that was not skipped
+def allocate_states(model: nn.Module, optimizers: Optimizers, stored: Mapping[str, tuple[int, ...]]) -> None:
+    """Give the optimiser the states that `stored` ("<parameter>/<state>" -> shape of the whole) lists, still empty.
+
+    Raises ValueError when they are of another model or optimiser.
+    """
+    if not stored:  # saved before the first step that was not skipped
         return
     for name, parameter in model.named_parameters():
-        found = {key.partition("/")[2]: value for key, value in tensors.items() if key.partition("/")[0] == name}
+        found = {key.rpartition("/")[2]: shape for key, shape in stored.items() if key.rpartition("/")[0] == name}
         if not found:
             raise ValueError(f"the saved optimiser state has nothing for {name}; it belongs to another model")
         if found.keys() != optimizers.state_names(parameter):
@@ -107,6 +136,11 @@ def load_optimizer_tensors(model: nn.Module, optimizers: Optimizers, tensors: di
                 f"the saved optimiser state of {name} is {', '.join(sorted(found))}, which is another optimiser's; "
                 "resume with the optim.kind of the checkpoint"
             )
-        # Copies, as safetensors may give views of the file. `fused` wants the step counter on the device too.
-        state = {key: value.to(parameter.device, copy=True) for key, value in found.items()}
+        # `fused` wants the step counter on the device too.
+        state = {
+            key: torch.zeros_like(parameter, requires_grad=False)
+            if shape
+            else torch.zeros((), dtype=torch.float32, device=parameter.device)
+            for key, shape in found.items()
+        }
         optimizers.set_state(parameter, state)

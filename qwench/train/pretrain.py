@@ -5,16 +5,24 @@ from __future__ import annotations
 from qwench import config
 from qwench.data.packing import PretrainDataset
 from qwench.data.shards import TokenShards
-from qwench.run import Run
+from qwench.parallel.layout import Team
 from qwench.tokenizer import Tokenizer
 from qwench.train.command import parse_recipe, report
 from qwench.train.config import PretrainConfig
-from qwench.train.loop import Trainer, TrainResult, training_device
-from qwench.train.start import build_model
+from qwench.train.job import open_run, run_stage
+from qwench.train.loop import Trainer, TrainResult, prepare_model
+from qwench.train.start import model_config
 
 
 def pretrain(recipe: PretrainConfig) -> TrainResult:
-    """Train from `recipe`; the result is recipe.out/model. Raises ValueError for what does not fit together."""
+    """Train from `recipe`; the result is recipe.out/model. Raises ValueError for what does not fit together.
+
+    With recipe.gpus > 1 the work is done by that many processes, which import the caller's main module.
+    """
+    return run_stage(_train, recipe, lambda recipe: model_config(recipe.model, Tokenizer.load(recipe.tokenizer)))
+
+
+def _train(recipe: PretrainConfig, team: Team) -> TrainResult:
     tokenizer = Tokenizer.load(recipe.tokenizer)
     shards = TokenShards.open(recipe.train_shards, tokenizer.fingerprint)
     source = PretrainDataset(shards, recipe.seq_len, recipe.loop.seed, attend_across=recipe.attend_across)
@@ -22,9 +30,9 @@ def pretrain(recipe: PretrainConfig) -> TrainResult:
     if recipe.val_shards is not None:
         val_shards = TokenShards.open(recipe.val_shards, tokenizer.fingerprint)
         val_source = PretrainDataset(val_shards, recipe.seq_len, 0, attend_across=recipe.attend_across)
-    model = build_model(recipe.model, tokenizer, training_device(recipe.loop), recipe.loop.seed)
-    with Run(recipe.out, recipe, "pretrain", recipe.resume) as run:
-        return Trainer(recipe, run, model, tokenizer, source, val_source).train()
+    dtype, model = prepare_model(recipe, recipe.model, tokenizer, team)
+    with open_run(recipe, "pretrain", team) as run:
+        return Trainer(recipe, run, model, tokenizer, source, val_source, team=team, dtype=dtype).train()
 
 
 def main(argv: list[str]) -> int:

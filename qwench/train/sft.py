@@ -14,34 +14,46 @@ from typing import Any, Literal
 
 from qwench import config
 from qwench.data.packing import SampleDataset
-from qwench.run import Run, console
+from qwench.parallel.layout import Team
+from qwench.run import console
 from qwench.tokenizer import Tokenizer
 from qwench.train.command import parse_recipe, report
 from qwench.train.config import SFTConfig
-from qwench.train.loop import Trainer, TrainResult, training_device
-from qwench.train.start import build_model
+from qwench.train.job import open_run, run_stage
+from qwench.train.loop import Trainer, TrainResult, prepare_model
+from qwench.train.start import model_config
 from qwench.types import Sample
 
 
 def sft(recipe: SFTConfig) -> TrainResult:
-    """Fine-tune from `recipe`; the result is recipe.out/model. Raises ValueError naming file and line of bad data."""
+    """Fine-tune from `recipe`; the result is recipe.out/model. Raises ValueError naming file and line of bad data.
+
+    With recipe.gpus > 1 the work is done by that many processes, which import the caller's main module.
+    """
+    return run_stage(_train, recipe, lambda recipe: model_config(recipe.model, _tokenizer(recipe)))
+
+
+def _tokenizer(recipe: SFTConfig) -> Tokenizer:
     source = recipe.tokenizer or recipe.model.path
     if source is None:
         raise ValueError("the model starts from random weights; give tokenizer=DIR as well")
     tokenizer = Tokenizer.load(source)
-    if recipe.chat_format is not None:
-        tokenizer = tokenizer.with_chat_format(recipe.chat_format)
+    return tokenizer if recipe.chat_format is None else tokenizer.with_chat_format(recipe.chat_format)
+
+
+def _train(recipe: SFTConfig, team: Team) -> TrainResult:
+    tokenizer = _tokenizer(recipe)
     dataset = sample_dataset(recipe, tokenizer, recipe.train_data)
     val_dataset = sample_dataset(recipe, tokenizer, recipe.val_data) if recipe.val_data else None
     if dataset.num_over_long:
         console.print(f"{dataset.num_over_long} conversations exceed {recipe.seq_len} tokens: {recipe.over_long}")
     if dataset.num_without_loss:
         console.print(f"{dataset.num_without_loss} conversations have no token to learn and are left out")
-    model = build_model(recipe.model, tokenizer, training_device(recipe.loop), recipe.loop.seed)
+    dtype, model = prepare_model(recipe, recipe.model, tokenizer, team)
     # A chat model ends its turn with <|im_end|>; the base model's end token stays the second one.
     model.config = dataclasses.replace(model.config, eos_token_id=tuple(tokenizer.eos_token_ids))
-    with Run(recipe.out, recipe, "sft", recipe.resume) as run:
-        return Trainer(recipe, run, model, tokenizer, dataset, val_dataset).train()
+    with open_run(recipe, "sft", team) as run:
+        return Trainer(recipe, run, model, tokenizer, dataset, val_dataset, team=team, dtype=dtype).train()
 
 
 def sample_dataset(recipe: SFTConfig, tokenizer: Tokenizer, files: Sequence[Path]) -> SampleDataset:

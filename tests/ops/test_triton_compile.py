@@ -150,3 +150,22 @@ def test_decode_attention(heads: int, kv_heads: int, size: int, whole_blocks: bo
     ptx = compiled(attention_triton._decode_kernel, types, constants, num_warps=1)
     assert ("cp.async.bulk.tensor" in ptx) == whole_blocks
     assert ("cp.async.cg" in ptx) != whole_blocks
+
+
+@pytest.mark.parametrize("vocabulary", [151_936, 152_064])
+def test_cross_entropy(vocabulary: int) -> None:
+    """Wide loads and stores, kept or dropped in the L2 cache as meant."""
+    from qwench.ops import cross_entropy_triton
+
+    types = {
+        "logits_ptr": "*bf16", "targets_ptr": "*i64", "weights_ptr": "*fp32", "losses_ptr": "*fp32",
+        "logsumexp_ptr": "*fp32", "stride_row": "i32", "num_rows": "i32", "z_loss": "fp32",
+    }  # fmt: skip
+    block, num_warps = cross_entropy_triton.launch_shape(vocabulary)
+    assert (block, num_warps) == (16384, 32)
+    constants = {"V": vocabulary, "BLOCK": block, "WITH_GRADIENT": True}
+    ptx = compiled(cross_entropy_triton._cross_entropy_kernel, types, constants, num_warps)
+    assert len(re.findall(r"ld\.global[.\w:]*\.v4\.b32", ptx)) >= 4  # two of 8 logits a thread in each sweep
+    assert len(re.findall(r"st\.global[.\w:]*\.v4\.b32", ptx)) >= 2
+    assert "evict_last" in ptx
+    assert "evict_first" in ptx

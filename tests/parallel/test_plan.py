@@ -12,7 +12,18 @@ import torch
 from qwench.model.config import ModelConfig
 from qwench.model.decoder import CausalLM
 from qwench.model.presets import preset, preset_names
-from qwench.parallel.plan import REPLICATED, check, join, local_config, shard, spans, split_of
+from qwench.parallel.plan import (
+    PLAN,
+    REPLICATED,
+    TRAINING_PLAN,
+    Plan,
+    check,
+    join,
+    local_config,
+    shard,
+    spans,
+    split_of,
+)
 
 
 def dense_presets() -> list[str]:
@@ -60,13 +71,23 @@ CONFIG = ModelConfig(
 )  # fmt: skip
 
 
-def test_whole_tensors() -> None:
+@pytest.mark.parametrize("plan", [PLAN, TRAINING_PLAN], ids=["engine", "training"])
+def test_whole_tensors(plan: Plan) -> None:
     """Both axes, biases, and tensors that are not only a line."""
     for name, shape in parameters(CONFIG).items():
         whole = torch.randn(shape)
-        shards = [shard(name, whole, CONFIG, rank, 2) for rank in range(2)]
-        assert torch.equal(join(name, shards, CONFIG), whole)
-        assert (shards[0].shape == whole.shape) == (split_of(name) == REPLICATED)
+        shards = [shard(name, whole, CONFIG, rank, 2, plan) for rank in range(2)]
+        assert torch.equal(join(name, shards, CONFIG, plan), whole)
+        assert (shards[0].shape == whole.shape) == (split_of(name, plan) == REPLICATED)
+
+
+def test_training_cuts_the_vocabulary() -> None:
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        assert split_of(name) == REPLICATED
+        assert spans(name, CONFIG, 1, 2, TRAINING_PLAN) == [(16, 32)]
+    check(dataclasses.replace(CONFIG, vocab_size=33), 2)
+    with pytest.raises(ValueError, match="vocab_size 33 does not split over 2 devices; these work: 1"):
+        check(dataclasses.replace(CONFIG, vocab_size=33), 2, TRAINING_PLAN)
 
 
 def test_query_heads_stay_with_their_keys() -> None:

@@ -93,9 +93,9 @@ def test_a_bad_batch_is_skipped_and_kept(trainer, tmp_path: Path, capsys) -> Non
     weights: list[torch.Tensor] = []
     set_aside = bad._set_aside
 
-    def watch(rows, first_row, reason) -> None:
+    def watch(first_row, reason) -> None:
         weights.append(bad.model.model.embed_tokens.weight.detach().clone())
-        set_aside(rows, first_row, reason)
+        set_aside(first_row, reason)
         weights.append(bad.model.model.embed_tokens.weight.detach().clone())
 
     bad._set_aside = watch

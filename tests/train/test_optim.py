@@ -12,7 +12,7 @@ from qwench.data.packing import row_of_samples
 from qwench.train.batch import make_batch
 from qwench.train.config import OptimConfig
 from qwench.train.loss import next_token_loss
-from qwench.train.optim import build_optimizer, clip_gradients, load_optimizer_tensors, optimizer_tensors
+from qwench.train.optim import allocate_states, build_optimizer, clip_gradients, optimizer_states
 from qwench.types import Sample
 
 
@@ -91,23 +91,39 @@ def test_clipping(limit: float, clipped: bool, model) -> None:
         torch.testing.assert_close(parameter.grad, before[name] * scale, rtol=1e-5, atol=1e-8)
 
 
-def test_state_goes_out_and_in(model, make_model) -> None:
+def tensors_of(model, optimizer) -> dict[str, torch.Tensor]:
+    return {f"{name}/{key}": value for name, key, _, value in optimizer_states(model, optimizer)}
+
+
+def test_states_by_name_and_their_place(model, make_model) -> None:
     optimizer = build_optimizer(model, OptimConfig())
-    assert optimizer_tensors(model, optimizer) == {}
+    assert tensors_of(model, optimizer) == {}
     give_gradients(model)
     optimizer.step()
-    tensors = optimizer_tensors(model, optimizer)
+    tensors = tensors_of(model, optimizer)
     assert list(tensors) == [f"{n}/{k}" for n, _ in model.named_parameters() for k in ("exp_avg", "exp_avg_sq", "step")]
     other = make_model(model.config, seed=9)
     loaded = build_optimizer(other, OptimConfig())
-    load_optimizer_tensors(other, loaded, tensors)
-    again = optimizer_tensors(other, loaded)
-    assert again.keys() == tensors.keys()
-    assert all(torch.equal(again[key], tensors[key]) for key in tensors)
-    assert all(again[key].data_ptr() != tensors[key].data_ptr() for key in tensors), "copies, not views"
-    del tensors["model.norm.weight/step"], tensors["model.norm.weight/exp_avg"], tensors["model.norm.weight/exp_avg_sq"]
+    shapes = {name: tuple(value.shape) for name, value in tensors.items()}
+    allocate_states(other, loaded, {})
+    assert tensors_of(other, loaded) == {}
+    allocate_states(other, loaded, shapes)
+    empty = tensors_of(other, loaded)
+    assert {name: (value.shape, value.dtype) for name, value in empty.items()} == {
+        name: (value.shape, value.dtype) for name, value in tensors.items()
+    }
+    for name, value in empty.items():
+        value.copy_(tensors[name])
+    for net, optim in ((model, optimizer), (other, loaded)):
+        for p in net.parameters():
+            p.data.fill_(0.5)
+            p.grad = torch.full_like(p, 0.1)
+        optim.step()
+    pairs = zip(model.parameters(), other.parameters(), strict=True)
+    assert all(torch.equal(left, right) for left, right in pairs), "the states that were put in are used"
+    lacking = {name: shape for name, shape in shapes.items() if not name.startswith("model.norm.weight/")}
     with pytest.raises(ValueError, match=r"nothing for model\.norm\.weight"):
-        load_optimizer_tensors(other, loaded, tensors)
+        allocate_states(other, loaded, lacking)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
@@ -117,8 +133,9 @@ def test_other_optimiser_is_refused(kind: str, model) -> None:
     other = OptimConfig(kind="muon" if kind == "adamw" else "adamw")
     give_gradients(model)
     optimizer.step()
+    shapes = {name: tuple(value.shape) for name, value in tensors_of(model, optimizer).items()}
     with pytest.raises(ValueError, match="another optimiser's; resume with"):
-        load_optimizer_tensors(model, build_optimizer(model, other), optimizer_tensors(model, optimizer))
+        allocate_states(model, build_optimizer(model, other), shapes)
 
 
 def test_gradient_does_not_depend_on_the_split(model) -> None:
