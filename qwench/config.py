@@ -1,7 +1,8 @@
 """Typed recipes: frozen dataclasses <- TOML files merged left to right <- `key=value` overrides.
 
-A recipe is data. There is no inheritance, no registry and no expression in it: files are merged by key, the result is
-checked against the dataclass of the stage, and unknown keys are errors that name the nearest known one.
+A recipe is data. There is no registry and no expression in it: files are merged by key, the result is checked against
+the dataclass of the stage, and unknown keys are errors that name the nearest known one. A file may name another one
+that lies under it: `base = "pretrain-qwen2.5"`, a path seen from the file or a shipped recipe.
 
     @config
     class OptimConfig:
@@ -55,7 +56,7 @@ def load(schema: type[T], arguments: Sequence[str | Path] = ()) -> T:
     merged: dict[str, Any] = {}
     for argument in arguments:
         text = str(argument)
-        table = parse_override(text) if is_override(text) else read_toml(find_recipe(text))
+        table = parse_override(text) if is_override(text) else read_recipe(find_recipe(text))
         merged = merge(merged, table)
     return from_dict(schema, merged)
 
@@ -83,6 +84,27 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid TOML: {error}") from None
+
+
+def read_recipe(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A recipe file over the one that its key `base` names, if it has one, and so on.
+
+    Raises ValueError for a base that does not exist or that is above itself.
+    """
+    table = read_toml(path)
+    base = table.pop("base", None)
+    if base is None:
+        return table
+    if not isinstance(base, str):
+        raise ValueError(f"{path}: base is {base!r}; give the name of one recipe file as a string")
+    beside = path.parent / base
+    try:
+        under = beside if beside.is_file() else find_recipe(base)
+    except ValueError as error:
+        raise ValueError(f"{path}: base: {error}") from None
+    if under.resolve() in (chain := (*above, path.resolve())):
+        raise ValueError(f"{path}: base = {base!r} leads back to {under}; a recipe cannot lie under itself")
+    return merge(read_recipe(under, chain), table)
 
 
 def parse_override(argument: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -37,8 +37,21 @@ console = Console(stderr=True)
 
 PACKAGES = ("torch", "numpy", "tokenizers", "gigatoken", "safetensors", "pydantic")
 Resume = Literal["auto", "force", "never"]
-NOT_THE_RECIPE = ("out", "resume", "gpus", "parallel")
-"""Keys that may differ when a run is continued: where and on how many GPUs, not what is computed."""
+NOT_THE_RECIPE = (
+    "out",
+    "resume",
+    "gpus",
+    "parallel",
+    "follow",
+    "checkpoint.verify",
+    "guard.hang_seconds",
+    "guard.hang_seconds_long",
+    "guard.max_restarts",
+    "loop.profile_step",
+    "loop.micro_batch_rows",
+    "loop.remat",
+)
+"""Keys that may differ when a run is continued: where, on how many GPUs and watched by whom, not what is computed."""
 
 
 class Run:
@@ -65,6 +78,8 @@ class Run:
         logging.getLogger("qwench").addHandler(self._handler)
         logging.getLogger("qwench").setLevel(logging.INFO)
         self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
+        self.listeners: list[Callable[[dict[str, Any]], None]] = []
+        """Get every record as it is written; they return at once and raise nothing."""
 
     def _check_recipe(self, recipe: Any, resume: Resume) -> None:
         recorded, metrics = self.path / "config.toml", self.path / "metrics.jsonl"
@@ -74,7 +89,9 @@ class Run:
         if resume == "never":
             raise ValueError(f"{self.path} already holds a run; give another out=... or resume=auto")
         old, new = config.read_toml(recorded), config.to_dict(recipe)
-        changed = sorted(key for key in set(_differences(old, new)) if key.partition(".")[0] not in NOT_THE_RECIPE)
+        changed = sorted(
+            key for key in set(_differences(old, new)) if not any(f"{key}.".startswith(f"{n}.") for n in NOT_THE_RECIPE)
+        )
         if changed and resume == "auto":
             raise ValueError(
                 f"{self.path} holds a run of another recipe (different: {', '.join(changed)}); "
@@ -83,10 +100,11 @@ class Run:
 
     def record(self, **values: Any) -> None:
         """Append one line to metrics.jsonl; it reaches the file at once. Numbers that JSON lacks (NaN) become null."""
-        finite = {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
-        line = json.dumps({"time": round(time.time(), 3), **finite}, ensure_ascii=False, allow_nan=False)
-        self._metrics.write(line + "\n")
+        record = {"time": round(time.time(), 3), **_finite(values)}
+        self._metrics.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
         self._metrics.flush()
+        for listener in self.listeners:
+            listener(record)
 
     def forget_after(self, step: int) -> None:
         """Drop records of steps after `step`: they belong to work that a crash threw away and that is now repeated."""
@@ -112,6 +130,12 @@ class Run:
         if error is not None and not isinstance(error, KeyboardInterrupt):
             log.error("the run stopped", exc_info=error)
         self.close()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -122,6 +122,28 @@ def test_unreadable_files(tmp_path: Path) -> None:
             config.load(Outer, [tmp_path / name])
 
 
+def test_base(tmp_path: Path) -> None:
+    """A file over the one that it names, beside it or shipped, and so on; what comes later on the command line wins."""
+    (tmp_path / "low.toml").write_text("path = 'a'\nflag = true\n[inner]\nsize = 1\nrate = 0.1\n")
+    (tmp_path / "middle.toml").write_text('base = "low.toml"\nmode = "slow"\n[inner]\nsize = 2\n')
+    (tmp_path / "top.toml").write_text('base = "middle.toml"\n[inner]\nlimit = 7\n')
+    got = config.load(Outer, [tmp_path / "top.toml", "inner.rate=0.9"])
+    assert (got.path, got.flag, got.mode) == (Path("a"), True, "slow")
+    assert got.inner == Inner(size=2, rate=0.9, limit=7)
+    (tmp_path / "shipped.toml").write_text('base = "pretrain-small"\n')
+    assert config.read_recipe(tmp_path / "shipped.toml") == config.read_toml(config.find_recipe("pretrain-small"))
+    (tmp_path / "low.toml").write_text('base = "top.toml"\n')
+    for name, text, message in (
+        ("top.toml", None, "cannot lie under itself"),
+        ("lost.toml", 'base = "nothing"', r"lost\.toml: base: no recipe file 'nothing'"),
+        ("list.toml", "base = ['a']", "name of one recipe file"),
+    ):
+        if text is not None:
+            (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=message):
+            config.load(Outer, [tmp_path / name])
+
+
 def test_conversion() -> None:
     loaded = config.load(Outer, ["path=x", "inner.rate=1", "pair=[1, 2]", "ends=[1, 2]", "extra.a.b=1", "flag=true"])
     assert isinstance(loaded.inner.rate, float)

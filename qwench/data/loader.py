@@ -9,7 +9,7 @@ repeating a row.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -24,8 +24,10 @@ class RowLoader:
 
     `batch_rows` counts the rows of a step on all ranks together and must be a multiple of `world`. Without `epochs` the
     iteration never ends and steps run across the border of epochs; with it, it stops after that many, the last step
-    taking what is left (a rank's part may then be shorter than another's, even empty). `prefetch` steps are prepared in
-    a background thread (0: none). `state_dict()` describes what was handed out, never what was only prefetched.
+    taking what is left (a rank's part may then be shorter than another's, even empty). With `rows_at` the step that
+    begins after n rows of the run has rows_at(n) instead of batch_rows; all are multiples of `world`. `prefetch` steps
+    are prepared in a background thread (0: none). `state_dict()` describes what was handed out, never what was only
+    prefetched.
     """
 
     def __init__(
@@ -39,11 +41,14 @@ class RowLoader:
         epochs: int | None = None,
         shuffle: bool = True,
         prefetch: int = 2,
+        rows_at: Callable[[int], int] | None = None,
     ) -> None:
         if world < 1 or not 0 <= rank < world:
             raise ValueError(f"rank {rank} of {world}; give 0 <= rank < world")
         if batch_rows < 1 or batch_rows % world:
             raise ValueError(f"batch_rows is {batch_rows}; give a positive multiple of the number of ranks, {world}")
+        if rows_at is not None and rows_at(0) % world:
+            raise ValueError(f"the first step has {rows_at(0)} rows; give a multiple of the number of ranks, {world}")
         if source.num_rows < 1:
             raise ValueError("the row source is empty; give more documents or samples")
         if prefetch < 0 or (epochs is not None and epochs < 0):
@@ -56,6 +61,7 @@ class RowLoader:
         self.epochs = epochs
         self.shuffle = shuffle
         self.prefetch = prefetch
+        self.rows_at = rows_at
         self._consumed = 0  # rows handed out on all ranks since the start of epoch 0
         self._submitted = 0
         self._pending: deque[Future[list[PackedRow]]] = deque()
@@ -93,8 +99,15 @@ class RowLoader:
             self._fill()
         return batch
 
+    def peek(self) -> list[PackedRow]:
+        """What `next` will hand out, the same object; the position stays. Needs `prefetch`, and a next step."""
+        assert self.prefetch, "nothing is kept without prefetch"
+        assert self._consumed < self._after(self._consumed), "the iteration is at its end"
+        self._fill()
+        return self._pending[0].result()
+
     def _after(self, start: int) -> int:
-        stop = start + self.batch_rows
+        stop = start + (self.batch_rows if self.rows_at is None else self.rows_at(start))
         total = self.rows_total
         return stop if total is None else max(start, min(stop, total))
 

@@ -28,6 +28,7 @@ import numpy as np
 
 from qwench.data.permutation import permute
 from qwench.data.shards import TokenShards
+from qwench.data.sources import JoinedShards
 from qwench.types import Sample
 
 _BLOCK = 64  # documents between two remembered offsets of the shuffled stream
@@ -41,13 +42,15 @@ class PackedRow:
     >>> PackedRow(tokens=[5, 6, 0, 8], targets=[6, 0, 8, 9], loss_weights=[1, 1, 0, 1], seq_lens=[3, 1])
 
     `tokens`, `targets` int32 [T] and `loss_weights` float32 [T] go together by position; `seq_lens` int32 [S] are the
-    lengths of the sequences that must not attend to each other, summing to T.
+    lengths of the sequences that must not attend to each other, summing to T. `sources` int16 [T] says which of the row
+    source's `source_names` each token is from; None: there is one source.
     """
 
     tokens: np.ndarray
     targets: np.ndarray
     loss_weights: np.ndarray
     seq_lens: np.ndarray
+    sources: np.ndarray | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -67,6 +70,11 @@ class RowSource(Protocol):
         """Names content and settings; equal fingerprints mean equal rows."""
         ...
 
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """What `PackedRow.sources` numbers; empty if rows have none."""
+        ...
+
     def row(self, epoch: int, index: int) -> PackedRow: ...
 
 
@@ -79,7 +87,9 @@ class PretrainDataset:
     the shards do not fill one row.
     """
 
-    def __init__(self, shards: TokenShards, seq_len: int, seed: int = 0, *, attend_across: bool = False) -> None:
+    def __init__(
+        self, shards: TokenShards | JoinedShards, seq_len: int, seed: int = 0, *, attend_across: bool = False
+    ) -> None:
         if seq_len < 1:
             raise ValueError(f"seq_len is {seq_len}; give a positive number of tokens")
         self.shards = shards
@@ -92,6 +102,8 @@ class PretrainDataset:
                 f"{shards.directory} has {shards.num_tokens} tokens, too few for one row of {seq_len}; give more "
                 f"documents or a sequence length below {max(shards.num_tokens, 2)}"
             )
+        names = shards.names if isinstance(shards, JoinedShards) else ()
+        self.source_names = names if len(names) > 1 else ()
         self._block_starts: tuple[int, np.ndarray] | None = None
         self._blocks: dict[tuple[int, int], tuple[list[int], list[int]]] = {}
 
@@ -104,7 +116,7 @@ class PretrainDataset:
         """Row `index` of `epoch`, 0 <= index < num_rows, of exactly `seq_len` tokens."""
         assert 0 <= index < self.num_rows, f"row {index} of {self.num_rows}"
         start = index * self.seq_len
-        stream, ends = self._window(epoch, start, start + self.seq_len + 1)
+        stream, ends, sources = self._window(epoch, start, start + self.seq_len + 1)
         weights = np.ones(self.seq_len, np.float32)
         if self.attend_across:
             seq_lens = np.array([self.seq_len], np.int32)
@@ -113,14 +125,22 @@ class PretrainDataset:
             weights[inside - 1] = 0.0
             bounds = np.concatenate(([0], inside[inside < self.seq_len], [self.seq_len]))
             seq_lens = np.diff(bounds).astype(np.int32)
-        return PackedRow(tokens=stream[:-1], targets=stream[1:], loss_weights=weights, seq_lens=seq_lens)
+        return PackedRow(
+            tokens=stream[:-1],
+            targets=stream[1:],
+            loss_weights=weights,
+            seq_lens=seq_lens,
+            sources=None if sources is None else sources[:-1],
+        )
 
-    def _window(self, epoch: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens start:stop of the shuffled stream, int32, and where documents end in that window (int64, 1-based)."""
+    def _window(self, epoch: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+        """Tokens start:stop of the shuffled stream, int32, where documents end in that window (int64, 1-based), and the
+        tokens' sources if there are several."""
         block_starts = self._starts_of_blocks(epoch)
         block = int(np.searchsorted(block_starts, start, side="right")) - 1
         position = int(block_starts[block])
         window = np.empty(stop - start, np.int32)
+        sources = np.empty(stop - start, np.int16) if self.source_names else None
         ends: list[int] = []
         while position < stop:
             for begin, length in zip(*self._block(epoch, block), strict=True):
@@ -130,13 +150,16 @@ class PretrainDataset:
                     window[low - start : high - start] = self.shards.tokens(
                         begin + low - position, begin + high - position
                     )
+                    if sources is not None:
+                        assert isinstance(self.shards, JoinedShards)
+                        sources[low - start : high - start] = self.shards.source_of(begin)
                     if end <= stop:
                         ends.append(end - start)
                 position = end
                 if position >= stop:
                     break
             block += 1
-        return window, np.array(ends, np.int64)
+        return window, np.array(ends, np.int64), sources
 
     def _block(self, epoch: int, block: int) -> tuple[list[int], list[int]]:
         """First tokens and lengths of 64 documents of the shuffled order, from the cache if they are there."""
@@ -196,6 +219,7 @@ class SampleDataset:
             raise ValueError(f"over_long is {over_long!r}; give 'truncate' or 'drop'")
         self.max_tokens = max_tokens
         self.seed = seed
+        self.source_names: tuple[str, ...] = ()
         self.num_over_long = 0
         self.num_without_loss = 0
         self.samples: list[Sample] = []

@@ -6,36 +6,13 @@ metrics.jsonl, never from here.
 
 from __future__ import annotations
 
-import html
-import io
 import json
-from collections.abc import Iterable, Sequence
-from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.figure import Figure
 
+from qwench import page
 from qwench.demo.pipeline import Context, Results
 from qwench.run import provenance, read_metrics
-
-STYLE = """
-:root { color-scheme: light dark; --line: #8884; --soft: #8881; --good: #2a9d63; --bad: #c8553d; }
-body { font: 15px/1.55 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { margin-bottom: 0; } h2 { margin-top: 2.4rem; border-bottom: 1px solid var(--line); padding-bottom: .2rem; }
-table { border-collapse: collapse; width: 100%; margin: .8rem 0; font-size: .93em; }
-th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-code, pre { font-family: ui-monospace, monospace; font-size: .9em; background: var(--soft); border-radius: 4px; }
-code { padding: .1em .3em; overflow-wrap: anywhere; } pre { padding: .8rem; overflow-x: auto; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: .8rem; margin: 1.4rem 0; }
-.card { border: 1px solid var(--line); border-radius: 8px; padding: .7rem .9rem; }
-.card b { display: block; font-size: 1.5em; } .right { color: var(--good); } .wrong { color: var(--bad); }
-svg { max-width: 100%; height: auto; background: #fff; border-radius: 6px; }
-.answer { white-space: pre-wrap; overflow-wrap: anywhere; } .wrap { overflow-x: auto; }
-"""
 
 
 def write_report(context: Context) -> Results:
@@ -46,59 +23,25 @@ def write_report(context: Context) -> Results:
     commands = {stage.name: stage.command(context.cfg) for stage in STAGES}
     body = [
         _cards(results),
-        _section("What was done", _stage_table(results, titles, commands)),
-        _section("Text", _corpus(results["collect"], results["clean"])),
-        _section("Tokenizer", _tokenizer(results["tokenizer"], results["shards"])),
-        _section("Training", _training(context)),
-        _section("Bits per byte of held-out text", _compression(results["evaluate"]["bits_per_byte"])),
-        _section("Before and after fine-tuning", _scores(results["evaluate"])),
-        _section("Conversations learnt from", _conversations(results["conversations"])),
-        _section("The saved model", _model(context, results["export"])),
-        _section("Where this ran", f"<pre>{_text(json.dumps(provenance(), indent=2))}</pre>"),
+        page.section("What was done", _stage_table(results, titles, commands)),
+        page.section("Text", _corpus(results["collect"], results["clean"])),
+        page.section("Tokenizer", _tokenizer(results["tokenizer"], results["shards"])),
+        page.section("Training", _training(context)),
+        page.section("Bits per byte of held-out text", _compression(results["evaluate"]["bits_per_byte"])),
+        page.section("Before and after fine-tuning", _scores(results["evaluate"])),
+        page.section("Conversations learnt from", _conversations(results["conversations"])),
+        page.section("The saved model", _model(context, results["export"])),
+        page.section("Where this ran", f"<pre>{page.text(json.dumps(provenance(), indent=2))}</pre>"),
     ]
-    page = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>qwench demo</title><style>{STYLE}</style></head><body>
-<h1>qwench demo</h1><p>Raw text in, a chat model out: one run of the whole recipe on this machine.</p>
-{"".join(body)}
-</body></html>
-"""
+    content = page.document(
+        "qwench demo", "Raw text in, a chat model out: one run of the whole recipe on this machine.", body
+    )
     path = context.path("report.html")
-    path.write_text(page, encoding="utf-8")
-    return {"summary": f"{path} ({len(page.encode()) / 1e3:.0f} kB, one offline file)", "path": str(path)}
+    path.write_text(content, encoding="utf-8")
+    return {"summary": f"{path} ({len(content.encode()) / 1e3:.0f} kB, one offline file)", "path": str(path)}
 
 
 # ------------------------------------------------------------------------------------------------------------- pieces
-def _text(value: Any) -> str:
-    return html.escape(str(value))
-
-
-def _section(title: str, content: str) -> str:
-    return f"<h2>{_text(title)}</h2>\n{content}\n"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], numeric: Sequence[int] = ()) -> str:
-    """Cells are HTML already; columns in `numeric` are aligned right."""
-
-    def row(cells: Sequence[str], tag: str) -> str:
-        inner = "".join(
-            f"<{tag}{' class=n' if place in numeric else ''}>{cell}</{tag}>" for place, cell in enumerate(cells)
-        )
-        return f"<tr>{inner}</tr>"
-
-    return f'<div class="wrap"><table>{row(head, "th")}{"".join(row(cells, "td") for cells in rows)}</table></div>'
-
-
-def _svg(figure: Figure) -> str:
-    buffer = io.StringIO()
-    figure.tight_layout()
-    # No date in the file: the same run gives the same report.
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    plt.close(figure)
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
-
-
 def _cards(results: dict[str, Results]) -> str:
     scores, bits = results["evaluate"]["scores"], results["evaluate"]["bits_per_byte"]
     seconds = sum(result.get("seconds", 0) for result in results.values())
@@ -109,46 +52,45 @@ def _cards(results: dict[str, Results]) -> str:
         ("held-out sums", f"{scores['after']['sums']:.0%}", f"{scores['before']['sums']:.0%} before fine-tuning"),
         ("pretraining", f"{results['pretrain']['tokens_per_s']:,.0f}", "tokens a second"),
     ]
-    inner = "".join(
-        f'<div class="card">{_text(name)}<b>{_text(value)}</b>{_text(note)}</div>' for name, value, note in cards
-    )
-    return f'<div class="cards">{inner}</div>'
+    return page.cards(cards)
 
 
 def _stage_table(results: dict[str, Results], titles: dict[str, str], commands: dict[str, str]) -> str:
     def cells(name: str, title: str) -> list[str]:
         result = results.get(name, {})
         speed = result.get("tokens_per_s")
-        command = f"<br><code>{_text(commands[name])}</code>" if commands[name] else ""
+        command = f"<br><code>{page.text(commands[name])}</code>" if commands[name] else ""
         return [
-            _text(title),
-            _text(result.get("summary", "this page")) + command,
+            page.text(title),
+            page.text(result.get("summary", "this page")) + command,
             f"{speed:,.0f}" if speed else "",
             f"{result.get('seconds', 0):.1f}" if name in results else "",
         ]
 
     rows = [cells(name, title) for name, title in titles.items()]
-    return _table(["stage", "result and command", "tokens/s", "seconds"], rows, numeric=(2, 3))
+    return page.table(["stage", "result and command", "tokens/s", "seconds"], rows, numeric=(2, 3))
 
 
 def _corpus(collect: Results, clean: Results) -> str:
     rows = [
-        [_text(s["source"]), _text(s["kind"] or "text"), f"{s['documents']:,}", f"{s['bytes'] / 1e6:.2f}"]
+        [page.text(s["source"]), page.text(s["kind"] or "text"), f"{s['documents']:,}", f"{s['bytes'] / 1e6:.2f}"]
         for s in collect["sources"]
     ]
     total = sum(clean["kinds"].values()) or 1
-    shares = ", ".join(f"{_text(kind)} {size / total:.0%}" for kind, size in clean["kinds"].items())
-    reasons = [[_text(reason), f"{count:,}"] for reason, count in sorted(clean["reasons"].items()) if count]
+    shares = ", ".join(f"{page.text(kind)} {size / total:.0%}" for kind, size in clean["kinds"].items())
+    reasons = [[page.text(reason), f"{count:,}"] for reason, count in sorted(clean["reasons"].items()) if count]
     return (
-        _table(["source", "kind", "documents", "MB"], rows, numeric=(2, 3))
-        + f"<p>{_text(clean['summary'])}. By kind: {shares}.</p>"
-        + (_table(["dropped for", "count"], reasons, numeric=(1,)) if reasons else "")
+        page.table(["source", "kind", "documents", "MB"], rows, numeric=(2, 3))
+        + f"<p>{page.text(clean['summary'])}. By kind: {shares}.</p>"
+        + (page.table(["dropped for", "count"], reasons, numeric=(1,)) if reasons else "")
     )
 
 
 def _tokenizer(tokenizer: Results, shards: Results) -> str:
-    longest = " ".join(f"<code>{_text(json.dumps(token, ensure_ascii=False))}</code>" for token in tokenizer["longest"])
-    return f"<p>{_text(tokenizer['summary'])}. {_text(shards['summary'])}. The longest tokens: {longest}</p>"
+    longest = " ".join(
+        f"<code>{page.text(json.dumps(token, ensure_ascii=False))}</code>" for token in tokenizer["longest"]
+    )
+    return f"<p>{page.text(tokenizer['summary'])}. {page.text(shards['summary'])}. The longest tokens: {longest}</p>"
 
 
 def _training(context: Context) -> str:
@@ -182,10 +124,10 @@ def _training(context: Context) -> str:
     result = context.results["pretrain"]
     ops = ", ".join(f"{name} {choice}" for name, choice in result["ops"].items())
     note = (
-        f"<p>Activations in {_text(result['precision'])}, weights in float32. Operations: {_text(ops)}. "
+        f"<p>Activations in {page.text(result['precision'])}, weights in float32. Operations: {page.text(ops)}. "
         "MFU is the share of this machine's measured matrix-product rate that the model's own operations reach.</p>"
     )
-    return _svg(figure) + _table(head, rows, numeric=range(1, 7)) + note
+    return page.svg(figure) + page.table(head, rows, numeric=range(1, 7)) + note
 
 
 def _compression(bits: dict[str, float]) -> str:
@@ -202,37 +144,43 @@ def _compression(bits: dict[str, float]) -> str:
         "included; compressors read the documents joined; the unigram model knows the token frequencies of the "
         "training text.</p>"
     )
-    return _svg(figure) + note
+    return page.svg(figure) + note
 
 
 def _scores(evaluation: Results) -> str:
     scores = evaluation["scores"]
-    rows = [[_text(name), f"{scores['before'][name]:.1%}", f"{scores['after'][name]:.1%}"] for name in scores["before"]]
+    rows = [
+        [page.text(name), f"{scores['before'][name]:.1%}", f"{scores['after'][name]:.1%}"] for name in scores["before"]
+    ]
     samples = [
         [
-            _text(sample["task"]),
-            _text(sample["question"]),
-            f'<span class="answer">{_text(sample["before"])}</span>',
-            f'<span class="answer {"right" if sample["right"] else "wrong"}">{_text(sample["after"])}</span>',
+            page.text(sample["task"]),
+            page.text(sample["question"]),
+            f'<span class="answer">{page.text(sample["before"])}</span>',
+            f'<span class="answer {"right" if sample["right"] else "wrong"}">{page.text(sample["after"])}</span>',
         ]
         for sample in evaluation["samples"]
     ]
     return (
-        _table(["share of answers that are right, or have the form asked for", "before", "after"], rows, numeric=(1, 2))
+        page.table(
+            ["share of answers that are right, or have the form asked for", "before", "after"], rows, numeric=(1, 2)
+        )
         + "<p>The sums and the documented functions below were never in the training data. Greedy answers.</p>"
-        + _table(["task", "question", "before", "after"], samples)
+        + page.table(["task", "question", "before", "after"], samples)
     )
 
 
 def _conversations(conversations: Results) -> str:
-    rows = [[_text(e["task"]), _text(e["question"]), _text(e["answer"])] for e in conversations["examples"]]
-    return f"<p>{_text(conversations['summary'])}. One of each:</p>" + _table(["task", "question", "answer"], rows)
+    rows = [[page.text(e["task"]), page.text(e["question"]), page.text(e["answer"])] for e in conversations["examples"]]
+    return f"<p>{page.text(conversations['summary'])}. One of each:</p>" + page.table(
+        ["task", "question", "answer"], rows
+    )
 
 
 def _model(context: Context, export: Results) -> str:
-    files = ", ".join(f"<code>{_text(name)}</code>" for name in export["files"])
-    shape = _text(json.dumps(export["config"], indent=2))
+    files = ", ".join(f"<code>{page.text(name)}</code>" for name in export["files"])
+    shape = page.text(json.dumps(export["config"], indent=2))
     return (
-        f"<p>{_text(export['summary'])}. Files: {files}.</p>"
-        f"<p>Talk to it: <code>qwench chat {_text(context.path('model'))}</code></p><pre>{shape}</pre>"
+        f"<p>{page.text(export['summary'])}. Files: {files}.</p>"
+        f"<p>Talk to it: <code>qwench chat {page.text(context.path('model'))}</code></p><pre>{shape}</pre>"
     )

@@ -13,7 +13,7 @@ Shape suffixes: T tokens, D hidden size, H query heads, K key/value heads, F fee
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -122,13 +122,27 @@ class Decoder(nn.Module):
 
         tokens_T and positions_T are int64; `caches` has one pair of cache tensors a layer, or is None.
         """
+        return self.norm(self.run(self.layers, self.embed(tokens_T), positions_T, meta, caches))
+
+    def embed(self, tokens_T: Tensor) -> Tensor:
+        """Token ids [T] -> [T, D] in the dtype of the activations."""
         x_TD = self.embed_tokens(tokens_T)
-        x_TD = x_TD.to(self.compute_dtype or x_TD.dtype)
+        return x_TD.to(self.compute_dtype or x_TD.dtype)
+
+    def run(
+        self,
+        layers: Iterable[nn.Module],
+        x_TD: Tensor,
+        positions_T: Tensor,
+        meta: AttnMeta,
+        caches: Sequence[KVCache] | None = None,
+    ) -> Tensor:
+        """[T, D] through some layers, one after the other; `caches` has one pair each."""
         inv_freq = cached_inverse_frequencies(self.config.rope_theta, self.config.d_head, x_TD.device)
         rope = Rope.at(positions_T, inv_freq, x_TD.dtype)
-        for index, layer in enumerate(self.layers):
+        for index, layer in enumerate(layers):
             x_TD = layer(x_TD, rope, meta, caches[index] if caches is not None else None)
-        return self.norm(x_TD)
+        return x_TD
 
 
 class CausalLM(nn.Module):

@@ -44,14 +44,18 @@ def training_flops_per_token(config: ModelConfig, seq_len: int) -> float:
     6 * L * seq_len * Hq * d. Recomputation is not counted, so this is the numerator of model FLOPs utilisation (MFU).
     Layers with a sliding window see at most that many positions.
     """
-    weights = num_parameters(config, embedding=False, active=True) + config.vocab_size * config.hidden_size
     width = config.num_attention_heads * config.d_head
     seen = 0.0
     for layer in range(config.num_hidden_layers):
         window = min(config.window(layer) or seq_len, seq_len)
         # The first `window` tokens see half of it on average, all later ones the whole.
         seen += (window * window / 2 + (seq_len - window) * window) / seq_len
-    return 6.0 * weights + 12.0 * width * seen
+    return weight_flops_per_token(config) + 12.0 * width * seen
+
+
+def weight_flops_per_token(config: ModelConfig) -> float:
+    """The part of `training_flops_per_token` that is products with weights; the rest is attention."""
+    return 6.0 * (num_parameters(config, embedding=False, active=True) + config.vocab_size * config.hidden_size)
 
 
 def kv_bytes_per_token(config: ModelConfig, bytes_per_element: int = 2) -> int:

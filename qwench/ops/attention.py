@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwench.ops.dispatch import Implementation, Operation
+from qwench.ops.hardware import upload
 from qwench.ops.rope import Rope, rope_and_store
 
 KVCache = tuple[Tensor, Tensor]
@@ -72,15 +73,18 @@ class AttnMeta:
         key_lens: Sequence[int] | None = None,
         gather: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     ) -> AttnMeta:
-        """Sequences laid end to end, no cache. `key_lens`: how many keys each has, where not one a query."""
+        """Sequences laid end to end, no cache. `key_lens`: how many keys each has, where not one a query.
+
+        Does not wait for the device.
+        """
         if key_lens is None:
-            return AttnMeta(cu_q=_starts(seq_lens).to(device), max_q=max(seq_lens))
+            return AttnMeta(cu_q=upload(_starts(seq_lens), device), max_q=max(seq_lens))
         assert all(q <= k for q, k in zip(seq_lens, key_lens, strict=True)), "queries are the last of their keys"
         return AttnMeta(
-            cu_q=_starts(seq_lens).to(device),
+            cu_q=upload(_starts(seq_lens), device),
             max_q=max(seq_lens),
             max_k=max(key_lens),
-            cu_k=_starts(key_lens).to(device),
+            cu_k=upload(_starts(key_lens), device),
             gather=gather,
         )
 

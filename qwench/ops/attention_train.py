@@ -90,7 +90,8 @@ def attention(
     assert isinstance(meta, Stream), "give compiled blocks Stream.of(meta)"
     assert meta.extent is not None
     cu_k = meta.cu_q if meta.cu_k is None else meta.cu_k
-    return packed_attention(q_THD, k_TKD, v_TKD, meta.cu_q, cu_k, meta.extent, window)
+    # Kept for the backward pass, where as a view it would keep the merged projection's whole result.
+    return packed_attention(q_THD, k_TKD, v_TKD.contiguous(), meta.cu_q, cu_k, meta.extent, window)
 
 
 ATTENTION.when_compiled = attention
@@ -249,8 +250,17 @@ def _flash_4_arguments(lengths: Lengths) -> dict[str, Any]:
     }
 
 
+def _batched(lengths: Lengths, num_q: int, num_k: int) -> bool:
+    """FlashAttention-4 takes the sequences as a batch, which is faster than by their bounds."""
+    return not lengths.window and lengths.rectangular(num_q, num_k)
+
+
 def _flash_4_forward(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths) -> tuple[Tensor, Tensor]:
     library: Any = flash_attention_4()
+    if _batched(lengths, q.shape[0], k.shape[0]):
+        by_seq = (x.unflatten(0, (lengths.num_seqs, -1)) for x in (q, k, v))
+        out, logsumexp, *_ = library._flash_attn_fwd(*by_seq, causal=True, return_lse=True)
+        return out.flatten(0, 1), logsumexp.transpose(0, 1).flatten(1)
     out, logsumexp, *_ = library._flash_attn_fwd(q, k, v, return_lse=True, **_flash_4_arguments(lengths))
     return out, logsumexp
 
@@ -259,6 +269,12 @@ def _flash_4_backward(
     d_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, logsumexp: Tensor, lengths: Lengths
 ) -> tuple[Tensor, Tensor, Tensor]:
     library: Any = flash_attention_4()
+    if _batched(lengths, q.shape[0], k.shape[0]):
+        by_seq = (x.unflatten(0, (lengths.num_seqs, -1)) for x in (q, k, v, out, d_out))
+        logsumexp = logsumexp.unflatten(1, (lengths.num_seqs, -1)).transpose(0, 1).contiguous()
+        grads = library._flash_attn_bwd(*by_seq, logsumexp, causal=True)
+        d_q, d_k, d_v = (x.flatten(0, 1) for x in grads[:3])
+        return d_q, d_k, d_v
     d_q, d_k, d_v, *_ = library._flash_attn_bwd(q, k, v, out, d_out, logsumexp, **_flash_4_arguments(lengths))
     return d_q, d_k, d_v
 

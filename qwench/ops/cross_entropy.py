@@ -230,14 +230,14 @@ def add_product_(sum_MN: Tensor, a_MK: Tensor, b_KN: Tensor, first: bool = False
         torch.addmm(sum_MN, a_MK.float(), b_KN.float(), beta=0 if first else 1, out=sum_MN)
     elif first:
         torch.mm(a_MK, b_KN, out_dtype=torch.float32, out=sum_MN)
-    elif _adds_to_fp32(a_MK.device, a_MK.dtype):
+    elif adds_to_fp32(a_MK.device, a_MK.dtype):
         torch.addmm(sum_MN, a_MK, b_KN, out_dtype=torch.float32, out=sum_MN)
     else:
         sum_MN += torch.mm(a_MK, b_KN, out_dtype=torch.float32)
 
 
 @functools.cache
-def _adds_to_fp32(device: torch.device, dtype: torch.dtype) -> bool:
+def adds_to_fp32(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether addmm of half-precision factors adds in place to an fp32 sum: earlier versions of torch refuse the mixed
     dtypes, or ignore what is in `out`."""
     ones, total = torch.ones(16, 16, dtype=dtype, device=device), torch.full((16, 16), 0.5, device=device)

@@ -24,6 +24,13 @@ def pick_device(name: str = "auto") -> torch.device:
     return device
 
 
+def upload(values: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """A host tensor on a device, without waiting for it: from pinned memory, or the copy would wait for the stream."""
+    if torch.device(device).type != "cuda":
+        return values.to(device)
+    return values.pin_memory().to(device, non_blocking=True)
+
+
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     """Dtype of activations for fp32, bf16 or auto (bf16 where it is native)."""
     if precision == "auto":
@@ -64,6 +71,29 @@ def matmul_flops(device: str, dtype: torch.dtype) -> float:
             torch.cuda.synchronize(a.device)
         times.append(time.perf_counter() - start)
     return 2 * size**3 / min(times)
+
+
+def sustained_flops(device: torch.device, dtype: torch.dtype, seconds: float = 1.0) -> float:
+    """What matrix products reach in FLOP/s when they go on for a while, below the datasheet and below a burst: the
+    ceiling of everything that a training step does. On a CPU, which keeps its rate, `matmul_flops`."""
+    if device.type != "cuda":
+        return matmul_flops(str(device), dtype)
+    size = 8192
+    a, b = (torch.randn(size, size, device=device, dtype=torch.float32).to(dtype) for _ in range(2))
+    out = torch.empty(size, size, device=device, dtype=dtype)
+    begun, products = time.perf_counter(), 0
+    start = time.perf_counter()
+    while (now := time.perf_counter()) - begun < 1.5 * seconds:
+        if now - begun < 0.5 * seconds:  # until clocks and power have settled
+            start, products = now, 0
+        for _ in range(20):
+            torch.mm(a, b, out=out)
+        torch.cuda.synchronize(device)
+        products += 20
+    rate = 2.0 * size**3 * products / (time.perf_counter() - start)
+    del a, b, out
+    torch.cuda.empty_cache()
+    return rate
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:

@@ -99,7 +99,7 @@ def _store(pages_NPKD: Tensor, new_TKD: Tensor, slots_T: Tensor) -> None:
     flat.index_copy_(0, slots_T, new_TKD.to(flat.dtype))
 
 
-def _rope_and_store_reference(
+def reference(
     q_THD: Tensor,
     k_TKD: Tensor,
     v_TKD: Tensor,
@@ -134,7 +134,7 @@ def _triton(
         for tensor in tensors
     )
     if recorded or not suits:
-        return _rope_and_store_reference(q_THD, k_TKD, v_TKD, rope, cache, slots_T)
+        return reference(q_THD, k_TKD, v_TKD, rope, cache, slots_T)
     from qwench.ops import elementwise_triton
 
     elementwise_triton.rope_and_store(q_THD, k_TKD, v_TKD, rope.positions_T, rope.inv_freq_R, cache, slots_T)
@@ -145,6 +145,6 @@ ROPE_AND_STORE = Operation(
     "rope_and_store",
     [
         Implementation("triton", _triton, triton_launch.runs_triton),
-        Implementation("reference", _rope_and_store_reference),
+        Implementation("reference", reference),
     ],
 )

@@ -17,7 +17,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return SWIGLU.choose(gate_up.device)(gate_up)
 
 
-def _reference(gate_up: Tensor) -> Tensor:
+def reference(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate) * up
 
@@ -59,6 +59,6 @@ SWIGLU = Operation(
     [
         Implementation("triton", _triton, triton_launch.runs_triton),
         Implementation("fused", _FusedSwiGLU.apply),
-        Implementation("reference", _reference),
+        Implementation("reference", reference),
     ],
 )

@@ -2,7 +2,7 @@
 
     apply_tensor(model, group)            # every parameter becomes this rank's part, by plan.TRAINING_PLAN
     hidden = model(tokens_T, positions_T, meta)
-    loss, losses_T = token_losses(model, hidden, targets_T, loss_weights_T)
+    loss, losses_T = vocabulary.token_losses(model, hidden, targets_T, loss_weights_T)
     loss.backward()
     sum_gradients(model, tensor=group)
 
@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from qwench.model.decoder import MLP, Attention, CausalLM, Linear, RMSNorm
-from qwench.ops.cross_entropy import linear_cross_entropy_by_token
 from qwench.ops.norm import rms_norm
 from qwench.ops.swiglu import swiglu as swiglu_op
 from qwench.parallel.plan import TRAINING_PLAN, check, shard, split_of
@@ -99,15 +98,6 @@ def apply_tensor(model: CausalLM, group: dist.ProcessGroup) -> None:
     embedding = local("model.embed_tokens.weight")
     head = embedding if config.tie_word_embeddings else local("lm_head.weight")
     model.model.embed_tokens, model.lm_head = VocabularyEmbedding(embedding, ranks), VocabularyHead(head, ranks)
-
-
-def token_losses(
-    model: CausalLM, hidden: Tensor, targets_T: Tensor, loss_weights_T: Tensor, z_loss: float = 0.0
-) -> tuple[Tensor, Tensor]:
-    """`ops.linear_cross_entropy_by_token` of what the model returned, whether the model is cut or whole."""
-    if isinstance(model.lm_head, VocabularyHead):
-        return model.lm_head.cross_entropy(hidden, targets_T, loss_weights_T, z_loss)
-    return linear_cross_entropy_by_token(hidden, model.lm_head.weight, targets_T, loss_weights_T, z_loss)
 
 
 @torch.no_grad()

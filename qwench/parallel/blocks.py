@@ -55,6 +55,8 @@ def parameter_blocks(
 
     With `once`, rows that several ranks hold alike are dealt out among them, so that each is written by one rank.
     """
+    if once and is_second_copy(name, team):
+        return
     copies, copy = team.layout.replicate, team.place("replicate")
     if not is_cut(name, team):
         copies, copy = copies * team.layout.tensor, copy * team.layout.tensor + team.place("tensor")
@@ -113,6 +115,17 @@ def _written_here(block: Block, number: int, place: int) -> Iterator[Block]:
 def is_cut(name: str, team: Team) -> bool:
     """The ranks of a tensor group hold different parts of this parameter."""
     return team.layout.tensor > 1 and plan.split_of(name, plan.TRAINING_PLAN).axis is not None
+
+
+def is_second_copy(name: str, team: Team) -> bool:
+    """The matrix of tied embeddings on the last stage of a pipeline, which the first one has too."""
+    return name == "model.embed_tokens.weight" and team.place("pipeline") > 0
+
+
+def speaks_for(name: str, team: Team) -> bool:
+    """Among the ranks that hold some of this parameter, or all of it, exactly one does."""
+    others = ("replicate", "shard", "context", "tensor")
+    return not is_second_copy(name, team) and all(team.place(axis) == 0 for axis in others)
 
 
 def whole_shapes(model: CausalLM) -> Mapping[str, tuple[int, ...]]:

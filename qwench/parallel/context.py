@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from qwench.ops.attention import AttnMeta
+from qwench.ops.hardware import upload
 from qwench.parallel.sequence import TokenGroup, start_gather, start_scatter, wait
 
 
@@ -52,7 +53,7 @@ class Part:
         ranks = TokenGroup.of(group)
         if ranks.size == 1:
             return AttnMeta.packed(self.query_lens, device)
-        first, second = (torch.from_numpy(keys).to(device) for keys in (self.first_keys, self.second_keys))
+        first, second = (upload(torch.from_numpy(keys), device) for keys in (self.first_keys, self.second_keys))
         return AttnMeta.packed(self.query_lens, device, self.key_lens, KeyGather(first, second, ranks))
 
 

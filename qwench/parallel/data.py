@@ -13,13 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from qwench.model.decoder import CausalLM
 from qwench.parallel.layout import Team
+
+T = TypeVar("T")
 
 
 def apply_data_parallel(
@@ -42,7 +45,7 @@ def apply_data_parallel(
     assert team.data_mesh is not None
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     units: list[tuple[nn.Module, str]] = [
-        (layer, f"model.layers.{index}.") for index, layer in enumerate(model.model.layers)
+        (layer, f"model.layers.{number}.") for number, layer in model.model.layers.named_children()
     ]
     for module, prefix in [*units, (model, "")]:
         if before_unit is not None:
@@ -71,6 +74,25 @@ def reduce_gradients_now(model: nn.Module, last: bool, *, keep_whole: bool) -> N
         model.set_requires_gradient_sync(last)
     else:
         model.set_requires_all_reduce(last)
+
+
+class WholeModel:
+    """The passes of a step over a model that a rank has all layers of; the same methods as `pipeline.Pipeline`."""
+
+    def __init__(self, model: nn.Module, *, keep_whole: bool) -> None:
+        """`keep_whole`: see `reduce_gradients_now`."""
+        self._model, self._keep_whole = model, keep_whole
+
+    def train(self, number: int, batch_at: Callable[[int], T], loss_of: Callable[[T], Tensor]) -> None:
+        """Add the gradients of the sum of `number` micro-batches' losses, one after the other."""
+        for index in range(number):
+            reduce_gradients_now(self._model, index == number - 1, keep_whole=self._keep_whole)
+            loss_of(batch_at(index)).backward()
+
+    def validate(self, number: int, batch_at: Callable[[int], T], loss_of: Callable[[T], Tensor]) -> None:
+        """Forward passes alone."""
+        for index in range(number):
+            loss_of(batch_at(index))
 
 
 @contextmanager

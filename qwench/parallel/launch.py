@@ -9,7 +9,8 @@ others. With one process nothing is started and nothing of torch.distributed is 
 
 Rank 0 has the console; what the others print goes to LOGS/rank_N.log. The first rank that fails ends the job: the rest
 is killed, and the error names the rank, with its traceback. Ctrl-C and SIGTERM are passed on to every rank once; they
-agree on the step after which they stop (see `train/loop.py`).
+agree on the step after which they stop (see `train/loop.py`). With `restarts` the processes are started again after
+failures that can pass (`restart.py`); under torchrun that is its --max-restarts' affair.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
+from qwench.parallel.meeting import ANNOUNCED, WORD, meet
+from qwench.parallel.restart import JobFailure, Restarts, can_pass, started_with, supervised
 from qwench.run import usable_cores
 
 T = TypeVar("T")
@@ -45,6 +48,8 @@ STOP_S = 60.0
 """How long the others may take to stop after the first rank has stopped: they save together, so they end together."""
 MEETING_LIMIT_S = 600.0
 """Time for all ranks to arrive. torchrun on several hosts may start them far apart."""
+EXIT_HANG = 75
+"""Exit code of a process whose job stopped moving (`watchdog.py`): EX_TEMPFAIL, worth another try."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +86,16 @@ def place_in_environment() -> Place:
     return place
 
 
+def attempt() -> int:
+    """How often this job has been started again, by `run_job` or by torchrun."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def hang_key(name: str) -> str:
+    """Where the watchdogs of this attempt leave word in the job's store."""
+    return f"qwench/{os.environ.get(WORD, '')}/hang/{name}"
+
+
 def job_size(gpus: int, on_gpu: bool) -> int:
     """The number of processes: torchrun's, else `gpus`.
 
@@ -102,16 +117,35 @@ def job_size(gpus: int, on_gpu: bool) -> int:
     return max(gpus, place.world)
 
 
-def run_job(function: Callable[..., T], arguments: tuple[Any, ...], *, gpus: int, on_gpu: bool, logs: Path) -> T:
+def run_job(
+    function: Callable[..., T],
+    arguments: tuple[Any, ...],
+    *,
+    gpus: int,
+    on_gpu: bool,
+    logs: Path,
+    restarts: Restarts | None = None,
+) -> T:
     """`function(*arguments)` on every rank; see the head of this file. `function` and its result can be pickled.
+
+    One process is the caller's own, unless `restarts` allows some: then it is a process to be watched over.
 
     Raises what a rank raised if it is a ValueError or an OSError, ChildProcessError with the rank's traceback for any
     other failure, and KeyboardInterrupt when the ranks stopped after Ctrl-C or SIGTERM.
     """
     job_size(gpus, on_gpu)
-    if gpus == 1 or place_in_environment().world > 1:
+    again = restarts is not None and restarts.limit > 0
+    if place_in_environment().world > 1 or (gpus == 1 and ("RANK" in os.environ or not again)):
         return function(*arguments)
-    return _Job(function, arguments, gpus, logs).run()
+    if restarts is None or not again:
+        return _Job(function, arguments, gpus, logs).run()
+    return supervised(
+        lambda arguments, world, devices, number: _Job(function, arguments, world, logs, devices, number).run(),
+        arguments,
+        world=gpus,
+        logs=logs,
+        restarts=restarts,
+    )
 
 
 @contextlib.contextmanager
@@ -124,10 +158,16 @@ def connected(device: torch.device, timeout_s: float = MEETING_LIMIT_S) -> Itera
     on_gpu = device.type == "cuda"
     if on_gpu:
         torch.cuda.set_device(device)
+    # Without an agent's store rank 0 makes one, which is as young as this attempt.
+    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    known: dict[str, Any] = {}
+    if kept:
+        known = {"store": meet(place.rank, place.world, timeout_s), "rank": place.rank, "world_size": place.world}
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
         timeout=timedelta(seconds=timeout_s),
         device_id=device if on_gpu else None,
+        **known,
     )
     yield place
     # Not after an exception: the others may be gone, and parting from them in good order could wait for ever.
@@ -180,8 +220,20 @@ def _die_with_parent() -> None:
 
 # --------------------------------------------------------------------------------------------------- the starter's side
 class _Job:
-    def __init__(self, function: Callable[..., Any], arguments: tuple[Any, ...], world: int, logs: Path) -> None:
+    """One attempt. `devices` are what CUDA_VISIBLE_DEVICES shall say, `number` counts the attempts before this one."""
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        arguments: tuple[Any, ...],
+        world: int,
+        logs: Path,
+        devices: str | None = None,
+        number: int = 0,
+    ) -> None:
         self.function, self.arguments, self.world, self.logs = function, arguments, world, logs
+        self.devices, self.number = devices, number
+        self.hang: str | None = None
         self.processes: list[SpawnProcess] = []
         self.pipes: list[Connection] = []
         self.reports: dict[int, tuple[Any, ...]] = {}
@@ -196,6 +248,7 @@ class _Job:
                 for rank in range(self.world):
                     self._start(rank, store.port)
                 self._watch()
+                self.hang = self._word_of_watchdogs(store)
             finally:
                 self._end_all()
         failures = {rank: report for rank, report in self.reports.items() if report[0] in ("error", "died")}
@@ -215,7 +268,7 @@ class _Job:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is ours, as it is torchrun's
-            "TORCHELASTIC_RESTART_COUNT": "0",
+            "TORCHELASTIC_RESTART_COUNT": str(self.number),
         }
         context = multiprocessing.get_context("spawn")
         mine, theirs = cast("tuple[Connection, Connection]", context.Pipe(duplex=False))
@@ -224,7 +277,10 @@ class _Job:
         process = context.Process(target=_rank_main, args=arguments, name=f"qwench rank {rank}")
         # Read when torch is loaded, before `_rank_main` runs.
         threads = {"OMP_NUM_THREADS": str(max(1, usable_cores() // self.world))}
-        with _environment({name: value for name, value in threads.items() if name not in os.environ}):
+        early = {name: value for name, value in threads.items() if name not in os.environ}
+        if self.devices is not None:
+            early["CUDA_VISIBLE_DEVICES"] = self.devices
+        with started_with(early):
             process.start()
         theirs.close()
         self.processes.append(process)
@@ -251,6 +307,16 @@ class _Job:
             self.processes[rank].join()
             self.reports[rank] = ("died", self.processes[rank].exitcode)
 
+    def _word_of_watchdogs(self, store: dist.TCPStore) -> str | None:
+        """What they have come to, if that is why ranks ended."""
+        if not any(report == ("died", EXIT_HANG) for report in self.reports.values()):
+            return None
+        if store.check([ANNOUNCED]):
+            key = f"qwench/{store.get(ANNOUNCED).decode()}/hang/verdict"
+            if store.check([key]):
+                return store.get(key).decode()
+        return "the job made no progress"
+
     def _end_all(self) -> None:
         finished = all(self.reports.get(rank, ("",))[0] in ("result", "stopped") for rank in range(self.world))
         for process in self.processes:
@@ -264,20 +330,21 @@ class _Job:
 
     def _cause(self, failures: dict[int, tuple[Any, ...]]) -> Exception:
         """One error for the job, from the reports in the order in which they came."""
+        again = "What was saved before is intact: run the same command again to go on from the newest checkpoint"
+        if self.hang is not None:
+            return JobFailure(f"{self.hang}. Stacks: {self.logs}/rank_*.stacks.txt. {again}", may_pass=True)
         rank = min(failures, key=lambda rank: _follows(failures[rank]))  # the first of those with the least key
         report = failures[rank]
-        others = f" (the others were stopped; their last words are in {self.logs}/rank_*.log)"
+        others = f" (the others were stopped; their last words are in {self.logs}/rank_*.log)" if self.world > 1 else ""
         if report[0] == "died":
             code = report[1]
             how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-            return ChildProcessError(
-                f"rank {rank} of {self.world} {how}{others}. What was saved before is intact: run the same command "
-                "again to go on from the newest checkpoint"
-            )
+            return JobFailure(f"rank {rank} of {self.world} {how}{others}. {again}", may_pass=True)
         _, expected, kind, message, trace = report
         if expected:
             return ValueError(message)
-        return ChildProcessError(f"rank {rank} of {self.world} failed with {kind}{others}:\n{trace}")
+        text = f"rank {rank} of {self.world} failed with {kind}{others}:\n{trace}"
+        return JobFailure(text, may_pass=can_pass(kind, message))
 
     @contextlib.contextmanager
     def _passing_signals(self) -> Iterator[None]:
@@ -304,16 +371,6 @@ def _follows(report: tuple[Any, ...]) -> bool:
     if report[0] == "died":
         return report[1] == -signal.SIGABRT  # NCCL's watchdog
     return report[2] in ("RuntimeError", "DistError", "DistBackendError", "DistNetworkError", "DistStoreError")
-
-
-@contextlib.contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name in values:
-            del os.environ[name]
 
 
 def local_device(name: str, place: Place) -> torch.device:

@@ -110,7 +110,7 @@ def check_model(layout: Layout, config: ModelConfig, *, seq_len: int, batch_rows
         )
     if layout.tensor > 1:
         try:
-            plan.check(config, layout.tensor)
+            plan.check(config, layout.tensor, plan.TRAINING_PLAN)
         except ValueError as error:
             raise ValueError(f"parallel.tensor is {layout.tensor}: {error}") from None
     if layout.context > 1 and seq_len % (2 * layout.context):
@@ -222,6 +222,14 @@ class Team:
         dist.broadcast_object_list(box, src=0, group=self.host, device=torch.device("cpu"))
         return box[0]
 
+    def gather(self, mine: T) -> list[T]:
+        """Every rank's value, on all ranks."""
+        if self.is_alone:
+            return [mine]
+        values: list[Any] = [None] * self.layout.world
+        dist.all_gather_object(values, mine, group=self.host)
+        return values
+
     def gather_errors(self, mine: str | None) -> tuple[int, str] | None:
         """The first rank that has an error, and the error; None if nobody has. For the thread that saves."""
         if self.is_alone:
@@ -229,6 +237,14 @@ class Team:
         errors: list[str | None] = [None] * self.layout.world
         dist.all_gather_object(errors, mine, group=self.saving)
         return next(((rank, error) for rank, error in enumerate(errors) if error is not None), None)
+
+    def gather_saved(self, mine: T) -> list[T]:
+        """Every rank's value, on rank 0; nothing on the others. For the thread that saves."""
+        if self.is_alone:
+            return [mine]
+        values: list[Any] | None = [None] * self.layout.world if self.is_main else None
+        dist.gather_object(mine, values, dst=0, group=self.saving)
+        return values or []
 
     def barrier(self) -> None:
         """Wait for all ranks."""

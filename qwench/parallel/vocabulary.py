@@ -15,8 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qwench.model.decoder import Linear, RMSNorm
-from qwench.ops.cross_entropy import add_product_, chunk_rows, triton_chunk_tokens
+from qwench.model.decoder import CausalLM, Linear, RMSNorm
+from qwench.ops.cross_entropy import (
+    add_product_,
+    chunk_rows,
+    linear_cross_entropy_by_token,
+    triton_chunk_tokens,
+)
 from qwench.ops.dispatch import chosen
 from qwench.parallel.sequence import TokenGroup, check_divides, scatter_tokens, start_gather, start_scatter, wait
 
@@ -60,6 +65,15 @@ class VocabularyHead(Linear):
             hidden_SD, self.weight, targets_T, loss_weights_T, z_loss, enabled, ranks.rank, ranks.size, ranks.name
         )
         return out
+
+
+def token_losses(
+    model: CausalLM, hidden_TD: Tensor, targets_T: Tensor, loss_weights_T: Tensor, z_loss: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """`ops.linear_cross_entropy_by_token` of what the model returned, whether the model is cut or whole."""
+    if isinstance(model.lm_head, VocabularyHead):
+        return model.lm_head.cross_entropy(hidden_TD, targets_T, loss_weights_T, z_loss)
+    return linear_cross_entropy_by_token(hidden_TD, model.lm_head.weight, targets_T, loss_weights_T, z_loss)
 
 
 class _VocabularyCrossEntropy(torch.autograd.Function):

@@ -4,12 +4,12 @@ The arithmetic is fp32; only what is kept between steps is rounded, to nearest. 
 changes the mean square by up to 5 %, far more than bf16's steps of 0.4 to 0.8 %. With beta2 = 0.999 changes of 0.1 %
 would be rounded away, and the state would stand still: such settings are refused.
 
-torch's own fused AdamW takes bf16 states beside fp32 weights from a later version than 2.11 on.
+On a GPU one kernel does all parameters of a group (`adamw_triton.py`). torch's own fused AdamW takes bf16 states beside
+fp32 weights from a later version than 2.11 on.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LARGEST_BETA = 0.98
-"""Updates of (1 - beta) of a state must be well above half a step of bf16, which is 0.2 to 0.4 %."""
+from qwench.ops.triton_launch import runs_triton
+from qwench.train.config import LARGEST_HALF_BETA
 
 
 class AdamWHalfStates(torch.optim.Optimizer):
@@ -37,9 +37,9 @@ class AdamWHalfStates(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         state_dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        if state_dtype == torch.bfloat16 and max(betas) > LARGEST_BETA:
+        if state_dtype == torch.bfloat16 and max(betas) > LARGEST_HALF_BETA:
             raise ValueError(
-                f"betas are {betas}; optimiser states in bf16 need at most {LARGEST_BETA}, or keep the states in fp32"
+                f"betas are {betas}; optimiser states in bf16 need at most {LARGEST_HALF_BETA}, or keep them in fp32"
             )
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.state_dtype = state_dtype
@@ -48,20 +48,25 @@ class AdamWHalfStates(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         assert closure is None
         for group in self.param_groups:
-            numbers: dict[tuple[float, torch.device], Tensor] = {}
+            tensors: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+            numbers: list[tuple[float, float, float]] = []
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
                 state = self._state(parameter)
                 state["step"] += 1
-                key = float(state["step"]), parameter.device
-                if key not in numbers:
-                    numbers[key] = _numbers(group, *key)
-                tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
-                p, grad, mean, square = (_local(x).view(-1) for x in tensors)
-                beta1, beta2 = group["betas"]
-                update = _compiled() if parameter.is_cuda else _update
-                update(p, grad, mean, square, numbers[key], beta1, beta2, group["eps"])
+                four = parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]
+                p, grad, mean, square = (_local(x).view(-1) for x in four)
+                tensors.append((p, grad, mean, square))
+                numbers.append(_numbers(group, float(state["step"])))
+            beta1, beta2 = group["betas"]
+            if tensors and runs_triton(tensors[0][0].device):
+                from qwench.train.adamw_triton import adamw_
+
+                adamw_(tensors, numbers, beta1, beta2, group["eps"])
+            else:
+                for one, its_numbers in zip(tensors, numbers, strict=True):
+                    _update(*one, *its_numbers, beta1, beta2, group["eps"])
 
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.state[parameter]
@@ -79,26 +84,27 @@ def _local(x: Tensor) -> Tensor:
     return x.to_local() if hasattr(x, "to_local") else x  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _numbers(group: dict[str, Any], step: float, device: torch.device) -> Tensor:
-    """fp32 [3] on the device, as Python numbers would be compiled in: step size, root of the second bias correction,
-    what weight decay leaves."""
+def _numbers(group: dict[str, Any], step: float) -> tuple[float, float, float]:
+    """Step size, root of the second bias correction, what weight decay leaves."""
     beta1, beta2 = group["betas"]
-    size, root = group["lr"] / (1 - beta1**step), math.sqrt(1 - beta2**step)
-    return torch.tensor([size, root, 1 - group["lr"] * group["weight_decay"]], device=device)
+    return group["lr"] / (1 - beta1**step), math.sqrt(1 - beta2**step), 1 - group["lr"] * group["weight_decay"]
 
 
 def _update(
-    p: Tensor, grad: Tensor, mean: Tensor, square: Tensor, numbers: Tensor, beta1: float, beta2: float, eps: float
+    p: Tensor,
+    grad: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    step_size: float,
+    root: float,
+    left: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
 ) -> None:
     """One step of flat tensors, in place."""
     new_mean = mean.float().lerp(grad, 1 - beta1)
     new_square = square.float() * beta2 + grad * grad * (1 - beta2)
-    p.copy_(p * numbers[2] - numbers[0] * new_mean / (new_square.sqrt() / numbers[1] + eps))
+    p.copy_(p * left - step_size * new_mean / (new_square.sqrt() / root + eps))
     mean.copy_(new_mean)
     square.copy_(new_square)
-
-
-@functools.cache
-def _compiled() -> Callable[..., None]:
-    """One kernel for parameters of all sizes."""
-    return torch.compile(_update, dynamic=True, fullgraph=True)

@@ -3,6 +3,7 @@
     model/                  Hugging Face directory (fp32 master weights), loadable by itself
     optimizer.safetensors   optimiser state by parameter name
     state.json              step, data position, guard, best validation loss
+    checksums.json          of all these files (`checksums.py`), compared before a checkpoint is loaded
     COMPLETE                written last
 
 The files are the same for any number of ranks: all of them write into them at once (`sharded_files.py`), and a rank of
@@ -16,14 +17,15 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from rich.markup import escape
 from torch import Tensor, nn
 
 from qwench.model.atomic import atomic_directory
@@ -33,13 +35,17 @@ from qwench.model.decoder import CausalLM
 from qwench.model.names import pieces
 from qwench.model.tensor_files import Entry, SafetensorsStore, split_files, write_index
 from qwench.model.weights import MAX_SHARD_BYTES, sync_directory, write_configs
-from qwench.parallel.blocks import Block, blocks_of, parameter_blocks, whole_shapes
+from qwench.parallel.blocks import Block, blocks_of, parameter_blocks, speaks_for, whole_shapes
 from qwench.parallel.layout import Team
+from qwench.run import console
 from qwench.tokenizer import Tokenizer
+from qwench.train.checksums import find_damage, write_manifest
 from qwench.train.optim import Optimizers, allocate_states, optimizer_states
-from qwench.train.sharded_files import Specs, TensorFiles, read_blocks
+from qwench.train.sharded_files import BlockSum, Specs, TensorFiles, read_blocks
 
 log = logging.getLogger("qwench.train")
+
+T = TypeVar("T")
 
 _NAME = re.compile(r"step_(\d{9,})")
 
@@ -67,13 +73,20 @@ class Checkpoints:
     """
 
     def __init__(
-        self, directory: Path, keep_last: int, keep_best: bool, team: Team | None = None, *, background: bool = False
+        self,
+        directory: Path,
+        keep_last: int,
+        keep_best: bool,
+        team: Team | None = None,
+        *,
+        background: bool = False,
+        verify: bool = True,
     ) -> None:
         if keep_last < 1:
             raise ValueError(f"checkpoint.keep_last is {keep_last}; keep at least 1")
         self.directory, self.keep_last, self.keep_best = directory, keep_last, keep_best
         self.team = team or Team.alone(torch.device("cpu"))
-        self.background = background
+        self.background, self.verify = background, verify
         self._begun: set[int] = set()
         self._staging: list[Tensor] = []
         self._thread: Thread | None = None
@@ -96,7 +109,7 @@ class Checkpoints:
         final = self.path(state.step)
         if state.step not in self._begun and not self.team.agree((final / "COMPLETE").exists()):
             blocks = list(_all_blocks(model, optimizer, self.team))
-            files = _model_files(model.config, torch.float32, "model/") | _optimizer_files(model, optimizer)
+            files = _model_files(model.config, torch.float32, "model/") | _optimizer_files(model, optimizer, self.team)
             text = json.dumps(_to_json(state), indent=1)
             if self.background:
                 blocks = self._stage(blocks)
@@ -156,9 +169,10 @@ class Checkpoints:
             (partial / "model").mkdir()
             writer.create()
 
-        def end() -> None:
+        def end(sums: list[list[BlockSum]]) -> None:
             _write_model_parts(partial / "model", config, tokenizer, torch.float32)
             (partial / "state.json").write_text(state_text)
+            write_manifest(partial, writer.headers, (item for items in sums for item in items))
             (partial / "COMPLETE").touch()
             sync_directory(partial / "model")
             sync_directory(partial)
@@ -194,6 +208,40 @@ class Checkpoints:
                 (path / "COMPLETE").unlink(missing_ok=True)
                 shutil.rmtree(path)
 
+    def newest_whole(self, progress: Callable[[], None] | None = None) -> int | None:
+        """The newest checkpoint whose files hold what was written; None if there are no checkpoints.
+
+        Damaged ones after it are moved aside, as damaged_step_N, with a warning that names the file. Raises ValueError
+        when there are checkpoints and all are damaged.
+        """
+        damaged: dict[int, str] = {}
+        for step in reversed(self.team.agree(self.steps())):
+            failed = None
+            if self.verify:
+                team = self.team
+                failed = team.gather_errors(find_damage(self.path(step), team.rank, team.layout.world, progress))
+            if failed is None:
+                if self.team.is_main:
+                    self._set_aside(damaged, step)
+                self.team.barrier()
+                return step
+            damaged[step] = failed[1]
+        if damaged:
+            raise ValueError(
+                f"every checkpoint in {self.directory} is damaged: {'; '.join(damaged.values())}. Restore one of "
+                "them, or remove them to begin anew; checkpoint.verify=false loads one without looking"
+            )
+        return None
+
+    def _set_aside(self, damaged: Mapping[int, str], whole: int) -> None:
+        for step, damage in damaged.items():
+            aside = self.directory / f"damaged_{self.path(step).name}"
+            message = f"{damage}; going back to step {whole}, the damaged checkpoint is now {aside}"
+            log.warning("%s", message)
+            console.print(f"[yellow]warning[/]: {escape(message)}")
+            shutil.rmtree(aside, ignore_errors=True)
+            self.path(step).rename(aside)
+
     def load(self, step: int, model: CausalLM, optimizer: Optimizers) -> TrainState:
         """Fill model and optimiser in place: this rank's share, whatever layout wrote it.
 
@@ -219,21 +267,29 @@ class Checkpoints:
 
 
 # ------------------------------------------------------------------------------------------------------ all and blocks
-def _in_turn(team: Team, begin: Callable[[], None], work: Callable[[], None], end: Callable[[], None]) -> None:
-    """`begin` on rank 0, then `work` on all ranks, then `end` on rank 0; an error of one is an error of all."""
-    for action, by_all in ((begin, False), (work, True), (end, False)):
-        error: Exception | None = None
-        try:
-            if by_all or team.is_main:
-                action()
-        except Exception as caught:
-            error = caught
-        failed = team.gather_errors(None if error is None else f"{type(error).__name__}: {error}")
-        if error is not None:
-            raise error
-        if failed:
-            rank, what = failed
-            raise OSError(f"rank {rank} could not write its share of a checkpoint: {what}")
+def _in_turn(team: Team, begin: Callable[[], None], work: Callable[[], T], end: Callable[[list[T]], None]) -> None:
+    """`begin` on rank 0, `work` on all ranks, `end` on rank 0 with all results; an error of one is an error of all."""
+    _together(team, begin if team.is_main else None)
+    mine = _together(team, work)
+    assert mine is not None
+    results = team.gather_saved(mine)
+    _together(team, (lambda: end(results)) if team.is_main else None)
+
+
+def _together(team: Team, action: Callable[[], T] | None) -> T | None:
+    """What `action` gives on this rank, once those of all ranks have succeeded."""
+    result, error = None, None
+    try:
+        result = action() if action is not None else None
+    except Exception as caught:
+        error = caught
+    failed = team.gather_errors(None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    if failed:
+        rank, what = failed
+        raise OSError(f"rank {rank} could not write its share of a checkpoint: {what}")
+    return result
 
 
 def _all_blocks(model: CausalLM, optimizer: Optimizers, team: Team) -> Iterator[Block]:
@@ -245,18 +301,23 @@ def _optimizer_blocks(model: CausalLM, optimizer: Optimizers, team: Team, *, onc
     """The optimiser's state by "<parameter name>/<state name>", in the shapes of our parameters."""
     for name, key, parameter, value in optimizer_states(model, optimizer):
         if value.ndim == 0:
-            if team.is_main or not once:
+            if speaks_for(name, team) or not once:
                 yield Block(f"{name}/{key}", (), value)
             continue
         for block in parameter_blocks(name, parameter, value, model.config, team, once=once):
             yield replace(block, name=f"{name}/{key}")
 
 
-def _optimizer_files(model: CausalLM, optimizer: Optimizers) -> dict[str, Specs]:
-    shapes = whole_shapes(model)
+def _optimizer_files(model: CausalLM, optimizer: Optimizers, team: Team) -> dict[str, Specs]:
+    states: dict[str, list[tuple[str, bool, torch.dtype]]] = {}
+    for name, key, _, value in optimizer_states(model, optimizer):
+        states.setdefault(name, []).append((key, value.ndim > 0, value.dtype))
+    if team.layout.pipeline > 1:  # a rank has some layers only
+        states = {name: keys for mine in team.gather(states) for name, keys in mine.items()}
     specs = [
-        (f"{name}/{key}", shapes[name] if value.ndim else (), value.dtype)
-        for name, key, _, value in optimizer_states(model, optimizer)
+        (f"{name}/{key}", shape if is_tensor else (), dtype)
+        for name, shape in whole_shapes(model).items()
+        for key, is_tensor, dtype in states.get(name, [])
     ]
     return {"optimizer.safetensors": specs}
 
@@ -327,7 +388,7 @@ def export(
             team,
             writer.create,
             lambda: writer.write(blocks_of(model, team, once=True)),
-            lambda: _write_model_parts(partial, model.config, tokenizer, dtype),
+            lambda _: _write_model_parts(partial, model.config, tokenizer, dtype),
         )
     team.barrier()
     log.info("saved %s", directory)

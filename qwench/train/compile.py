@@ -29,7 +29,12 @@ third of the memory for next to no time. Uncompiled blocks keep more with "none"
 
 from __future__ import annotations
 
+import logging
+import os
+import shutil
+import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -39,9 +44,10 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from qwench.model.config import ModelConfig
 from qwench.model.decoder import Block, CausalLM
-from qwench.ops import attention_train, dispatch
+from qwench.ops import attention_train, dispatch, elementwise_train  # noqa: F401  (what compiled blocks take)
 from qwench.ops.attention import AttnMeta, KVCache
 from qwench.ops.rope import Rope
+from qwench.ops.triton_launch import runs_triton
 
 Remat = Literal["none", "elementwise", "mlp", "attention", "full"]
 IN_BLOCKS = ("attention", "linear", "rms_norm", "rope", "rope_and_store", "swiglu")
@@ -58,12 +64,9 @@ def compile_blocks(
     Call it inside `dispatch.forced` if implementations are forced. `dynamic=True` makes one graph for all numbers of
     tokens (fine-tuning), somewhat slower. Raises ValueError for forced implementations that cannot be compiled.
     """
-    forced = dispatch.forced_choices()
-    if wrong := {name: forced[name] for name in IN_BLOCKS if forced.get(name, "reference") != "reference"}:
+    if wrong := refused_choices():
         named = ", ".join(f"ops.{name}={choice}" for name, choice in wrong.items())
-        raise ValueError(f"compiled blocks cannot take {named}; leave it out, or switch compilation off")
-    if forced.get("attention"):
-        raise ValueError("compiled blocks cannot take ops.attention=reference; leave it out, or switch compilation off")
+        raise ValueError(f"compiled blocks cannot take {named}; leave it out, or set loop.compile=off")
     rematerialise(model, remat)
     for layer in model.model.layers:
         eager = layer.forward
@@ -72,11 +75,30 @@ def compile_blocks(
     model.model.register_forward_pre_hook(_as_stream, with_kwargs=True)
 
 
+def uncompiled() -> AbstractContextManager[None]:
+    """Within the block, compiled blocks run uncompiled: for the few passes of a shape that is not worth a graph."""
+    return torch.compiler.set_stance("force_eager")
+
+
+def can_compile(device: torch.device) -> bool:
+    """Triton runs on a GPU; for a CPU there is the C++ compiler that torch would call."""
+    if device.type == "cuda":
+        return runs_triton(device)
+    return shutil.which(os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")) is not None
+
+
 def _either(
     compiled: Forward, eager: Forward, x_TD: Tensor, rope: Rope, meta: AttnMeta, cache: KVCache | None = None
 ) -> Tensor:
     run = compiled if isinstance(meta, attention_train.Stream) and cache is None else eager
     return run(x_TD, rope, meta, cache)
+
+
+def refused_choices() -> dict[str, str]:
+    """The forced implementations that compiled blocks cannot take: they trace references, attention is their own."""
+    forced = dispatch.forced_choices()
+    wrong = {name: forced[name] for name in IN_BLOCKS if forced.get(name, "reference") != "reference"}
+    return wrong | {name: choice for name, choice in forced.items() if name == "attention"}
 
 
 def _as_stream(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
@@ -97,10 +119,16 @@ def rematerialise(model: CausalLM, remat: Remat) -> None:
         raise ValueError(f"remat is {remat!r}; choose one of: {', '.join(get_args(Remat))}")
     if remat == "none":
         return
+    logging.getLogger("torch._higher_order_ops.wrap").addFilter(_says_something_new)
     for layer in model.model.layers:
         assert isinstance(layer, Block)
         keep = partial(_contexts, _kept_products(layer, remat)) if remat != "full" else None
         layer.forward = partial(_checkpointed, layer.forward, keep)
+
+
+def _says_something_new(record: logging.LogRecord) -> bool:
+    """torch asks to see to it that nothing in the block is changed in place; nothing is, so users need not read it."""
+    return "context_fn is passed to torch.utils.checkpoint" not in record.getMessage()
 
 
 def _checkpointed(
@@ -135,7 +163,7 @@ def _contexts(products: frozenset[tuple[int, int]]) -> Any:
 
 
 _ATTENTION = torch.ops.qwench.packed_attention.default
-_PRODUCTS = {torch.ops.aten.mm.default: 0, torch.ops.aten.addmm.default: 1}
+_PRODUCTS = {torch.ops.aten.mm.default: 0, torch.ops.aten.addmm.default: 1, torch.ops.aten._scaled_mm.default: 0}
 """Products and the position of their left factor."""
 
 

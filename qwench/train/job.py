@@ -8,12 +8,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import torch
+
 from qwench.model.config import ModelConfig
 from qwench.ops.hardware import pick_device
-from qwench.parallel.launch import connected, job_size, local_device, place_in_environment, run_job
+from qwench.parallel.launch import attempt, connected, job_size, local_device, place_in_environment, run_job
 from qwench.parallel.layout import Layout, Team, check_model, plan_layout
+from qwench.parallel.restart import Restarts, living_gpus
+from qwench.parallel.schedule import bubble_share, check_schedule
+from qwench.parallel.stages import deal_layers
 from qwench.run import Resume, Run, console
-from qwench.train.config import LoopConfig, OptimConfig, ParallelConfig
+from qwench.train.checkpoint import Checkpoints
+from qwench.train.config import GuardConfig, LoopConfig, OptimConfig, ParallelConfig
+from qwench.train.layouts import settle, smallest_gpu
 
 log = logging.getLogger("qwench.train")
 
@@ -35,6 +42,8 @@ class Recipe(Protocol):
     def parallel(self) -> ParallelConfig: ...
     @property
     def optim(self) -> OptimConfig: ...
+    @property
+    def guard(self) -> GuardConfig: ...
 
 
 R = TypeVar("R", bound=Recipe)
@@ -51,15 +60,74 @@ def run_stage(stage: Callable[[R, Team], T], recipe: R, model_config: Callable[[
     world = job_size(recipe.gpus, device != "cpu")
     if world > 1 and device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"loop.device={device} names one device, but there are {world} processes; leave it out")
+    return run_job(
+        _rank,
+        _arguments(stage, recipe, model_config, world),
+        gpus=recipe.gpus,
+        on_gpu=device != "cpu",
+        logs=recipe.out / "logs",
+        restarts=_restarts(stage, recipe, model_config),
+    )
+
+
+def _arguments(
+    stage: Callable[[R, Team], T], recipe: R, model_config: Callable[[R], ModelConfig], world: int
+) -> tuple[Callable[[R, Team], T], R, Layout]:
+    """What `_rank` gets in a job of `world` processes. Raises ValueError if the recipe does not fit so many."""
+    if recipe.parallel.auto:
+        recipe = settle(recipe, model_config(recipe), world, None if recipe.loop.device == "cpu" else smallest_gpu())
     layout = plan_layout(world, **sizes_of(recipe.parallel))
-    if layout.pipeline > 1:
-        raise ValueError("parallel.pipeline larger than 1 is not supported yet; use the other axes")
     if layout.tensor > 1 and recipe.optim.kind == "muon":
         raise ValueError("optim.kind=muon needs whole matrices, which parallel.tensor cuts; use shard, or adamw")
     if world > 1:
         check_model(layout, model_config(recipe), seq_len=recipe.seq_len, batch_rows=recipe.loop.batch_rows)
-    arguments = (stage, recipe, layout)
-    return run_job(_rank, arguments, gpus=recipe.gpus, on_gpu=device != "cpu", logs=recipe.out / "logs")
+    if (warmup := recipe.loop.batch_warmup) is not None and warmup.start_rows % layout.data:
+        raise ValueError(
+            f"loop.batch_warmup.start_rows is {warmup.start_rows}, which does not divide over {layout.data} "
+            f"data-parallel ranks; give a multiple of {layout.data}"
+        )
+    check_pipeline(recipe, layout, model_config)
+    return stage, recipe, layout
+
+
+def _restarts(stage: Callable[[R, Team], T], recipe: R, model_config: Callable[[R], ModelConfig]) -> Restarts:
+    """How a job goes on after it has lost a process: from its newest checkpoint, in a layout for what is left."""
+    limit = recipe.guard.max_restarts
+    checkpoints = Checkpoints(recipe.out / "checkpoints", 1, False)
+
+    def arguments_for(world: int) -> tuple[Any, ...] | None:
+        try:
+            return _arguments(stage, recipe, model_config, world)
+        except ValueError:
+            return None
+
+    return Restarts(
+        limit=limit if limit is not None else (3 if recipe.gpus > 1 else 0),
+        progress=lambda: max(checkpoints.steps(), default=-1),
+        arguments_for=arguments_for,
+        living=living_gpus if recipe.loop.device != "cpu" and torch.cuda.device_count() else None,
+    )
+
+
+def check_pipeline(recipe: R, layout: Layout, model_config: Callable[[R], ModelConfig]) -> None:
+    """Raise ValueError for a pipeline that is not possible, warn about one that mostly waits."""
+    loop, num_ranks, virtual = recipe.loop, layout.pipeline, recipe.parallel.virtual_stages
+    first = loop.batch_warmup.start_rows if loop.batch_warmup is not None else loop.batch_rows
+    number = 0
+    for batch_rows in range(first, loop.batch_rows + 1, first):
+        num_rows = max(1, batch_rows // layout.data)
+        number = -(-num_rows // (loop.micro_batch_rows or num_rows))
+        check_schedule(num_ranks, virtual, number)
+    if num_ranks == 1:
+        return
+    deal_layers(model_config(recipe), num_ranks * virtual)
+    if number < num_ranks and place_in_environment().rank == 0:
+        parts = f"{number} micro-batch" + "es" * (number > 1)
+        console.print(
+            f"[yellow]warning[/]: {parts} a step for a pipeline of {num_ranks} ranks: a rank waits "
+            f"{bubble_share(num_ranks, virtual, number):.0%} as long as it computes; choose a smaller "
+            "loop.micro_batch_rows or more loop.batch_rows"
+        )
 
 
 def sizes_of(parallel: ParallelConfig) -> dict[str, int]:
@@ -105,7 +173,9 @@ class Follower:
 def open_run(recipe: Recipe, stage: str, team: Team) -> Iterator[Run | Follower]:
     """The run directory: rank 0 holds and writes it. Raises ValueError on rank 0 if it is another run's."""
     if team.is_main:
-        with Run(recipe.out, recipe, stage, recipe.resume) as run:
+        # What a restarted job finds there is its own.
+        resume = "auto" if recipe.resume == "never" and attempt() else recipe.resume
+        with Run(recipe.out, recipe, stage, resume) as run:
             team.barrier()
             yield run
         return

@@ -1,8 +1,11 @@
 """THE training loop: next batch, loss function, step, validate, save. Stages give it a model, data and a loss.
 
-Every step's rows are split over data-parallel ranks and micro-batches, and all losses are divided by the step's total
-loss weight, so that the gradient does not depend on how the rows were split. Host work (rows for the next step) runs in
-the loader's thread.
+Every step's rows are split over data-parallel ranks and micro-batches, and all loss weights are divided by the step's
+total, so that the gradient does not depend on how the rows were split.
+
+A GPU is waited for once a step, for the numbers that decide whether the step is taken. While it computes them, the next
+step's first batch is made and sent to it; what it has to do after the wait is queued at once. Rows come from the
+loader's thread.
 
 With several ranks, everything that decides what happens next - weight, loss, gradient norm, "stop" - is a sum that all
 of them get, so they decide alike; rank 0 alone records. One process does the same without any exchange.
@@ -16,7 +19,7 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -32,36 +35,40 @@ from qwench.data.packing import PackedRow, RowSource
 from qwench.model.decoder import CausalLM
 from qwench.model.flops import training_flops_per_token
 from qwench.ops import dispatch
-from qwench.ops.hardware import peak_flops, pick_dtype
 from qwench.parallel.blocks import whole_shapes
-from qwench.parallel.data import no_gradients, reduce_gradients_now
+from qwench.parallel.data import WholeModel, no_gradients
 from qwench.parallel.layout import Team
+from qwench.parallel.pipeline import Pipeline
+from qwench.parallel.stages import StagedLM
 from qwench.run import Run, console, progress
 from qwench.tokenizer import Tokenizer
 from qwench.train.batch import Batch, make_batch, padding_row
 from qwench.train.checkpoint import Checkpoints, TrainState, export
+from qwench.train.compile import IN_BLOCKS, uncompiled
 from qwench.train.config import (
     CheckpointConfig,
+    FollowConfig,
     GuardConfig,
     LoopConfig,
     OpsConfig,
     OptimConfig,
     ParallelConfig,
     ScheduleConfig,
-    StartConfig,
 )
 from qwench.train.guard import Guard
 from qwench.train.job import Follower
-from qwench.train.loss import next_token_loss
-from qwench.train.optim import build_optimizer, clip_gradients, scale_gradients, squared_gradient_norm
-from qwench.train.schedule import lr_ratio
-from qwench.train.start import build_sharded
+from qwench.train.loss import next_token_losses
+from qwench.train.observe import Observers
+from qwench.train.optim import build_optimizer, clip_gradients, squared_gradient_norm
+from qwench.train.prepare import Prepared, forced_operations
+from qwench.train.schedule import batch_growth, lr_ratio, num_steps
 from qwench.train.verify import verify_export
 
 log = logging.getLogger("qwench.train")
 
-LossFunction = Callable[[CausalLM, Batch], Tensor]
-"""(model, batch) -> sum of weighted losses; the loop divides by the total weight of the step.
+LossFunction = Callable[[CausalLM, Batch, float], tuple[Tensor, Tensor]]
+"""(model, batch, z_loss) -> (sum of weighted losses, losses of the tokens before weight and z-loss), as
+`next_token_losses` gives them; the weights of a training batch are divided by the total weight of the step.
 
 Ranks that divide the tokens of a batch (context) each return the sum of their own, ranks that divide matrices (tensor)
 the same sum."""
@@ -72,6 +79,8 @@ class Recipe(Protocol):
 
     @property
     def out(self) -> Path: ...
+    @property
+    def seq_len(self) -> int: ...
     @property
     def loop(self) -> LoopConfig: ...
     @property
@@ -84,6 +93,8 @@ class Recipe(Protocol):
     def checkpoint(self) -> CheckpointConfig: ...
     @property
     def guard(self) -> GuardConfig: ...
+    @property
+    def follow(self) -> FollowConfig: ...
     @property
     def ops(self) -> OpsConfig: ...
 
@@ -101,23 +112,21 @@ class TrainResult:
     skipped_steps: int
 
 
-def prepare_model(recipe: Recipe, start: StartConfig, tokenizer: Tokenizer, team: Team) -> tuple[torch.dtype, CausalLM]:
-    """The dtype of a run's activations, and this rank's share of its model."""
-    dtype = run_precision(recipe.loop, team, recipe.out)
-    reshard = recipe.parallel.reshard_after_forward
-    model = build_sharded(start, tokenizer, team, recipe.loop.seed, dtype, reshard_after_forward=reshard)
-    return dtype, model
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Work:
+    """What a step has to compute."""
 
-
-def run_precision(cfg: LoopConfig, team: Team, run: Path) -> torch.dtype:
-    """Dtype of the activations: what the recipe says, or what a run on "auto" has begun with, or what is best here."""
-    dtype = pick_dtype(cfg.precision, team.device) if team.is_main else None
-    checkpoints = Checkpoints(run / "checkpoints", 1, False)
-    if team.is_main and cfg.precision == "auto" and (steps := checkpoints.steps()):
-        dtype = getattr(torch, checkpoints.read_state(steps[-1]).precision)
-    dtype = team.agree(dtype)
-    assert dtype is not None
-    return dtype
+    rows: list[PackedRow]
+    """Of this rank."""
+    micro_batches: list[Sequence[PackedRow]]
+    """The same, a forward and backward pass each; none if no token has a weight."""
+    first_batch: Batch | None
+    """The first of them on the device."""
+    weight: float
+    """Loss weight, tokens, sequences and the loss weight of each source on all ranks."""
+    num_tokens: int
+    num_seqs: int
+    source_weights: list[float]
 
 
 class Trainer:
@@ -125,31 +134,33 @@ class Trainer:
         self,
         recipe: Recipe,
         run: Run | Follower,
-        model: CausalLM,
+        prepared: Prepared,
         tokenizer: Tokenizer | None,
         source: RowSource,
         val_source: RowSource | None = None,
-        loss_function: LossFunction = next_token_loss,
+        loss_function: LossFunction = next_token_losses,
         *,
         team: Team | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
-        """Raises ValueError when batch_rows does not divide over the data-parallel ranks.
-
-        `dtype` is that of the activations, as `run_precision` gives it; None asks it.
-        """
-        self.recipe, self.run, self.model, self.tokenizer = recipe, run, model, tokenizer
+        """Raises ValueError when batch_rows does not divide over the data-parallel ranks."""
+        self.recipe, self.run, self.prepared, self.tokenizer = recipe, run, prepared, tokenizer
+        self.model, self.dtype = prepared.model, prepared.dtype
         self.cfg, self.loss_function, self.val_source = recipe.loop, loss_function, val_source
-        self.device = model.model.embed_tokens.weight.device
-        self.team = team or Team.alone(self.device)
-        self.dtype = dtype or run_precision(self.cfg, self.team, run.path)
-        self.model.set_compute_dtype(self.dtype)
-        self.peak, self.peak_source = peak_flops(self.device, self.dtype) if self.team.is_main else (math.inf, "")
-        self.peak *= self.team.layout.world
-        self.loader = RowLoader(source, self.cfg.batch_rows, self.cfg.seed, self.team.data_rank, self.team.layout.data)
-        steps_per_epoch = source.num_rows / self.cfg.batch_rows
-        self.total_steps = self.cfg.steps or max(1, round((self.cfg.epochs or 0) * steps_per_epoch))
-        self.optimizer = build_optimizer(model, recipe.optim)
+        self.team = team or Team.alone(next(self.model.parameters()).device)
+        self.device = self.team.device
+        self.growth = batch_growth(self.cfg, recipe.seq_len)
+        parts = self.team.layout.data
+        self.loader = RowLoader(
+            source, self.cfg.batch_rows, self.cfg.seed, self.team.data_rank, parts, rows_at=self.growth
+        )
+        self.total_steps = num_steps(self.cfg, source.num_rows, recipe.seq_len)
+        rows = (self.growth(0) if self.growth else self.cfg.batch_rows) // parts
+        self.micro_rows = min(self.cfg.micro_batch_rows or rows, rows)
+        self.optimizer = build_optimizer(self.model, recipe.optim)
+        keep_whole, reshard = recipe.parallel.accumulate == "whole", bool(recipe.parallel.reshard_after_forward)
+        self.passes: WholeModel | Pipeline = WholeModel(self.model, keep_whole=keep_whole)
+        if isinstance(self.model, StagedLM):
+            self.passes = Pipeline(self.model, self.team, keep_whole=keep_whole, reshard_after_forward=reshard)
         self.guard = Guard(recipe.guard)
         background = {"auto": self.device.type == "cuda", "on": True, "off": False}[recipe.checkpoint.background]
         self.checkpoints = Checkpoints(
@@ -158,8 +169,11 @@ class Trainer:
             recipe.checkpoint.keep_best,
             self.team,
             background=background,
+            verify=recipe.checkpoint.verify,
         )
+        self.observers = Observers(recipe, run, self.team, self.device, self.dtype, self.model.config, self.total_steps)
         self.state = TrainState()
+        self._next: _Work | None = None
         self._stop_signal: int | None = None
         self._stop = False
 
@@ -169,30 +183,35 @@ class Trainer:
 
         Raises KeyboardInterrupt on Ctrl-C or SIGTERM, after saving a checkpoint.
         """
-        choices = {name: value for name, value in _fields(self.recipe.ops).items() if value}
-        with dispatch.forced(choices):
+        with dispatch.forced(forced_operations(self.recipe.ops)), self.observers:
+            compiled = self.prepared.compiled
+            self.observers.mark(0, "loading", is_long=True)
             self._resume()
             self.run.write_provenance(
-                ops=dispatch.chosen(self.device),
+                ops=dispatch.chosen(self.device) | (dict.fromkeys(IN_BLOCKS, "compiled") if compiled else {}),
                 device=str(self.device),
                 precision=_name(self.dtype),
+                compiled=compiled,
+                remat=self.prepared.remat,
+                fp8=self.prepared.fp8,
                 parameters=sum(math.prod(shape) for shape in whole_shapes(self.model).values()),
-                peak_flops={"value": self.peak, "source": self.peak_source},
                 layout=dataclasses.asdict(self.team.layout),
+                **self.observers.provenance(),
             )
             return self._loop()
 
     def _resume(self) -> None:
-        steps = self.team.agree(self.checkpoints.steps())
-        if steps:
-            self.state = self.checkpoints.load(steps[-1], self.model, self.optimizer)
+        step = self.checkpoints.newest_whole(self.observers.alive)
+        if step is not None:
+            self.state = self.checkpoints.load(step, self.model, self.optimizer)
             self.loader.load_state_dict(self.state.loader)
             self.guard.load_state_dict(self.state.guard)
+            self.prepared.refresh()
         self.team.barrier()  # nobody reads any more
         if self.team.is_main:
             self.checkpoints.prune(self.state.best_step)
-        self.run.forget_after(self.state.step if steps else -1)
-        if not steps:
+        self.run.forget_after(-1 if step is None else step)
+        if step is None:
             return
         console.print(f"resuming {escape(str(self.run.path))} at step {self.state.step} of {self.total_steps}")
 
@@ -203,6 +222,7 @@ class Trainer:
         with closing(self.loader), progress(*columns) as bar, self._interruptible():
             task = bar.add_task(self.run.stage, total=self.total_steps, completed=first_step, loss="-", rate="")
             while self.state.step < self.total_steps:
+                self.observers.begin_step(self.state.step + 1)
                 step_start = time.perf_counter()
                 record = self._step()
                 trained += record["tokens"]
@@ -210,10 +230,13 @@ class Trainer:
                 seconds = time.perf_counter() - started
                 step_seconds = time.perf_counter() - step_start
                 rate = record["tokens"] / step_seconds
-                mfu = rate * record.pop("flops_per_token") / self.peak
+                flops_per_token = record.pop("flops_per_token")
+                self.observers.end_step(self.state.step, record["tokens"], flops_per_token)
                 loss = record["loss"] if "skipped" not in record else loss
                 if self.state.step % self.cfg.log_every == 0 or self.state.step == self.total_steps:
-                    self.run.record(**record, tokens_per_s=round(rate, 1), mfu=round(mfu, 4))
+                    measures = self.observers.measures(rate * flops_per_token)
+                    self.run.record(**record, tokens_per_s=round(rate, 1), **measures)
+                mfu = rate * flops_per_token / self.observers.peak_flops
                 bar.update(
                     task, completed=self.state.step, loss=f"{loss:.3f}", rate=f"{rate:,.0f} tok/s, MFU {mfu:.0%}"
                 )
@@ -225,11 +248,15 @@ class Trainer:
                     self._save()
                     self.checkpoints.wait()
                     raise KeyboardInterrupt
+            self.observers.mark(self.state.step, "waiting for the last checkpoint", is_long=True)
             self.checkpoints.wait()
         if val_loss is None and self.val_source is not None:  # nothing was left to train; the record is there already
             val_loss = self._validation_loss()
+        self.observers.mark(self.state.step, "exporting the model", is_long=True)
         export(self.model, self.tokenizer, self.run.path / "model", self.dtype, self.team)
-        verify_export(self.model, self.run.path / "model", self.dtype, self.team)
+        self.observers.mark(self.state.step, "reading the exported model back", is_long=True)
+        with uncompiled() if self.prepared.compiled else nullcontext():
+            verify_export(self.model, self.run.path / "model", self.dtype, self.team)
         rate = trained / seconds if seconds else 0.0
         return TrainResult(
             steps=self.state.step,
@@ -237,7 +264,7 @@ class Trainer:
             train_loss=loss,
             val_loss=val_loss,
             tokens_per_s=rate,
-            mfu=rate * training_flops_per_token(self.model.config, self._mean_length()) / self.peak,
+            mfu=rate * training_flops_per_token(self.model.config, self._mean_length()) / self.observers.peak_flops,
             skipped_steps=skipped,
         )
 
@@ -248,74 +275,132 @@ class Trainer:
     # ---------------------------------------------------------------------------------------------------------- steps
     def _step(self) -> dict[str, Any]:
         first_row = self.loader.rows_consumed
+        work, self._next = self._next or self._next_work(), None
         rows = next(self.loader)
+        assert rows is work.rows
         self.state.step += 1
         ratio = lr_ratio(self.state.step - 1, self.total_steps, self.recipe.schedule)
         self.optimizer.set_lr_ratio(ratio)
         self.optimizer.zero_grad()
-        weight, num_tokens, num_seqs = self._count(rows)
-        parts = list(self._micro_batches(rows, self.cfg.micro_batch_rows or len(rows))) if weight else []
-        losses = [self._backward(part, weight, part is parts[-1]) for part in parts]
-        loss, grad_norm = self._loss_and_norm(losses)
-        self.state.tokens += int(num_tokens)
+        sums = self._sums(self._gradients(work), bool(work.micro_batches))
+        if self.state.step < self.total_steps:
+            self._next = self._next_work()
+        stops, squares, loss, *further = sums.tolist()  # waits for the device
+        self._stop = stops > 0
+        grad_norm = math.sqrt(squares) if squares >= 0 else math.nan
+        self.state.tokens += work.num_tokens
         record: dict[str, Any] = {
             "step": self.state.step,
             "loss": loss,
             "grad_norm": grad_norm,
             "lr": self.recipe.optim.lr * ratio,
-            "tokens": int(num_tokens),
-            "flops_per_token": training_flops_per_token(self.model.config, max(1, round(num_tokens / num_seqs))),
+            "tokens": work.num_tokens,
+            "flops_per_token": training_flops_per_token(
+                self.model.config, max(1, round(work.num_tokens / work.num_seqs))
+            ),
         }
-        if not losses:
+        if self.cfg.z_loss:
+            record["z_loss"] = further.pop(0)
+        if names := self.loader.source.source_names:
+            by_source = zip(names, further, work.source_weights, strict=True)
+            record["loss_by_source"] = {
+                name: sum_of / weight * work.weight for name, sum_of, weight in by_source if weight
+            }
+        if not work.micro_batches:
             return record | {"skipped": "no token of the step has a loss weight"}
-        if reason := self.guard.verdict(loss, grad_norm):
+        if reason := self.guard.verdict(loss + record.get("z_loss", 0.0), grad_norm):
             self._set_aside(first_row, reason)
             return record | {"skipped": reason}
+        clip_gradients(self.model, grad_norm, self.recipe.optim.grad_clip)
         self.optimizer.step()
+        self.prepared.refresh()
         return record
 
-    def _count(self, rows: Sequence[PackedRow]) -> list[float]:
-        """Loss weight, tokens and sequences of the step on all ranks."""
-        weight = float(sum(row.loss_weights.sum(dtype=np.float64) for row in rows))
-        mine = [weight, sum(row.num_tokens for row in rows), sum(len(row.seq_lens) for row in rows)]
-        return self.team.total(mine if self.team.leads_data else [0.0, 0.0, 0.0])
+    def _next_work(self) -> _Work:
+        """The step after the rows that were handed out; the position in the data stays."""
+        rows = self.loader.peek()
+        num_sources = len(self.loader.source.source_names)
+        mine = np.zeros(3 + num_sources)
+        if self.team.leads_data:
+            for row in rows:
+                mine[:3] += row.loss_weights.sum(dtype=np.float64), row.num_tokens, len(row.seq_lens)
+                if row.sources is not None:
+                    mine[3:] += np.bincount(row.sources, row.loss_weights, num_sources)
+        weight, num_tokens, num_seqs, *source_weights = self.team.total(mine.tolist())
+        micro_batches = list(self._micro_batches(rows)) if weight else []
+        return _Work(
+            rows=rows,
+            micro_batches=micro_batches,
+            first_batch=self._batch(micro_batches, 0, weight) if weight else None,
+            weight=weight,
+            num_tokens=int(num_tokens),
+            num_seqs=int(num_seqs),
+            source_weights=source_weights,
+        )
 
-    def _backward(self, rows: Sequence[PackedRow], total_weight: float, last: bool) -> Tensor:
-        reduce_gradients_now(self.model, last, keep_whole=self.recipe.parallel.accumulate == "whole")
-        loss = self.loss_function(self.model, make_batch(rows, self.device, self.team)) / total_weight
-        loss.backward()
-        return loss.detach()
+    def _micro_batches(self, rows: Sequence[PackedRow]) -> Iterator[Sequence[PackedRow]]:
+        return (rows[start : start + self.micro_rows] for start in range(0, len(rows), self.micro_rows))
 
-    def _loss_and_norm(self, losses: Sequence[Tensor]) -> tuple[float, float]:
-        """Loss and gradient norm of the step, the same on all ranks; the gradients are clipped afterwards."""
-        limit = self.recipe.optim.grad_clip
-        if self.team.is_alone:
-            loss = float(torch.stack(list(losses)).sum()) if losses else 0.0
-            return loss, float(clip_gradients(self.model, limit)) if losses else 0.0
-        # One exchange, and one wait for the device, for all that the ranks must agree on.
-        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        if losses and self.team.layout.tensor > 1:
+    def _batch(self, parts: Sequence[Sequence[PackedRow]], number: int, total_weight: float = 1.0) -> Batch:
+        """One of several micro-batches, on its way to the device.
+
+        Where blocks are compiled for one number of tokens, the last rows are filled up, and in a pipeline all that are
+        shorter than the longest.
+        """
+        num_tokens = (self.prepared.row_tokens or 0) * self.micro_rows if self.prepared.compiled else 0
+        if self.team.layout.pipeline > 1:
+            num_tokens = max([num_tokens, *(sum(row.num_tokens for row in part) for part in parts)])
+        return make_batch(parts[number], self.device, self.team, total_weight=total_weight, num_tokens=num_tokens)
+
+    def _gradients(self, work: _Work) -> list[Tensor]:
+        """Leaves the step's gradients behind. The shares of each micro-batch, on the last stage of a pipeline alone."""
+        shares: list[Tensor] = []
+
+        def batch_at(number: int) -> Batch:
+            self.observers.alive()
+            first = work.first_batch if number == 0 else None
+            return first or self._batch(work.micro_batches, number, work.weight)
+
+        def loss_of(batch: Batch) -> Tensor:
+            loss, losses_T = self.loss_function(self.model, batch, self.cfg.z_loss)
+            shares.append(self._shares(work, batch, loss.detach(), losses_T))
+            return loss
+
+        if work.micro_batches:
+            self.passes.train(len(work.micro_batches), batch_at, loss_of)
+        return shares
+
+    def _shares(self, work: _Work, batch: Batch, total: Tensor, losses_T: Tensor) -> Tensor:
+        """A micro-batch's shares of the step's loss, z-loss (if there is one) and sources' losses."""
+        weighted_T = losses_T * batch.loss_weights_T if self.cfg.z_loss or batch.sources_T is not None else None
+        if weighted_T is None:
+            return total[None]
+        loss = weighted_T.sum() if self.cfg.z_loss else total
+        shares = torch.stack((loss, total - loss) if self.cfg.z_loss else (loss,))
+        if batch.sources_T is None:
+            return shares
+        sources_S1 = torch.arange(len(work.source_weights), device=self.device)[:, None]
+        return torch.cat((shares, torch.where(batch.sources_T == sources_S1, weighted_T, 0.0).sum(1)))
+
+    def _sums(self, shares: Sequence[Tensor], gradients: bool) -> Tensor:
+        """fp64 on the device, over all ranks: those who want to stop, squared gradient norm, then the micro-batches'
+        shares: all that the ranks must agree on in one exchange."""
+        num_shares = 1 + (self.cfg.z_loss > 0) + len(self.loader.source.source_names)
+        sums = torch.zeros(2 + num_shares, dtype=torch.float64, device=self.device)
+        if gradients and self.team.layout.tensor > 1:
             from qwench.parallel.axes import sum_gradients
 
             sum_gradients(self.model, tensor=self.team.group("tensor"))
-        if losses:
-            sums[0] = squared_gradient_norm(self.model, self.team)
-        if losses and self.team.counts_tokens:
-            sums[1] = torch.stack(list(losses)).sum()
-        sums[2] = self._stop_signal is not None
-        squares, loss, stops = self.team.total_on_device(sums).tolist()
-        self._stop = stops > 0
-        grad_norm = math.sqrt(squares) if squares >= 0 else math.nan
-        if 0 < limit < grad_norm:
-            scale_gradients(self.model, limit / (grad_norm + 1e-6))
-        return loss, grad_norm
-
-    def _micro_batches(self, rows: Sequence[PackedRow], size: int) -> Iterator[Sequence[PackedRow]]:
-        return (rows[start : start + size] for start in range(0, len(rows), size))
+        sums[0] = self._stop_signal is not None
+        if gradients:
+            sums[1] = squared_gradient_norm(self.model, self.team)
+        if shares and self.team.counts_tokens:
+            sums[2:] = torch.stack(list(shares)).sum(0, dtype=torch.float64)
+        return self.team.total_on_device(sums)
 
     def _rows_of_all_ranks(self, first_row: int) -> list[PackedRow]:
         source = self.loader.source
-        loader = RowLoader(source, self.cfg.batch_rows, self.cfg.seed, prefetch=0)
+        loader = RowLoader(source, self.cfg.batch_rows, self.cfg.seed, prefetch=0, rows_at=self.growth)
         epoch, position = divmod(first_row, source.num_rows)
         loader.load_state_dict(self.loader.state_dict() | {"epoch": epoch, "position": position})
         return next(loader)
@@ -327,7 +412,12 @@ class Trainer:
         if self.team.is_main:
             directory.mkdir(exist_ok=True)
             rows = self._rows_of_all_ranks(first_row)
-            arrays = {f"{name}_{i}": array for i, row in enumerate(rows) for name, array in _fields(row).items()}
+            arrays = {
+                f"{name}_{i}": array
+                for i, row in enumerate(rows)
+                for name, array in _fields(row).items()
+                if array is not None
+            }
             np.savez_compressed(path, **arrays)
         where = f"rows {first_row} to {self.loader.rows_consumed - 1} of the data order"
         log.warning("step %d skipped: %s; %s, kept in %s", self.state.step, reason, where, path)
@@ -357,17 +447,26 @@ class Trainer:
 
     def _validation_loss(self) -> float:
         assert self.val_source is not None
-        total, weight = 0.0, 0.0
+        losses: list[Tensor] = []
         parts, part = self.team.layout.data, self.team.data_rank
         number = min(self.cfg.eval_rows, self.val_source.num_rows)
         rows = [self.val_source.row(0, index) for index in range(part, number, parts)]
         # Every rank makes the same number of passes, since a pass gathers weights.
         rows += [padding_row(1)] * (-(-number // parts) - len(rows))
+        micro_batches = list(self._micro_batches(rows))
+
+        def batch_at(number: int) -> Batch:
+            self.observers.mark(self.state.step, "validation", is_long=number == 0)  # the first may compile
+            return self._batch(micro_batches, number)
+
+        def loss_of(batch: Batch) -> Tensor:
+            losses.append(self.loss_function(self.model, batch, 0.0)[0])
+            return losses[-1]
+
         with no_gradients(self.model):
-            for micro in self._micro_batches(rows, self.cfg.micro_batch_rows or self.cfg.batch_rows // parts):
-                total += float(self.loss_function(self.model, make_batch(micro, self.device, self.team)))
-                weight += float(sum(row.loss_weights.sum(dtype=np.float64) for row in micro))
-        team = self.team
+            self.passes.validate(len(micro_batches), batch_at, loss_of)
+        weight = float(sum(row.loss_weights.sum(dtype=np.float64) for row in rows))
+        team, total = self.team, float(torch.stack(losses).sum(dtype=torch.float64)) if losses else 0.0
         total, weight = team.total([total if team.counts_tokens else 0.0, weight if team.leads_data else 0.0])
         return total / max(weight, 1e-9)
 
@@ -375,6 +474,7 @@ class Trainer:
         return self.state.step == self.total_steps or self.state.step % self.recipe.checkpoint.every_steps == 0
 
     def _save(self) -> None:
+        self.observers.mark(self.state.step, "saving a checkpoint", is_long=True)
         self.state.loader = self.loader.state_dict()
         self.state.guard = self.guard.state_dict()
         self.state.precision = _name(self.dtype)

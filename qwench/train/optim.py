@@ -12,11 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwench.parallel.blocks import is_cut, local_part
+from qwench.parallel.blocks import is_cut, is_second_copy, local_part
 from qwench.parallel.layout import Team
+from qwench.train.adamw import AdamWHalfStates
 from qwench.train.config import OptimConfig
 
-STATE_NAMES = {torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}, torch.optim.Muon: {"momentum_buffer"}}
+STATE_NAMES = {
+    torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
+    AdamWHalfStates: {"step", "exp_avg", "exp_avg_sq"},
+    torch.optim.Muon: {"momentum_buffer"},
+}
 """What each optimiser keeps for a parameter."""
 
 
@@ -54,6 +59,11 @@ class Optimizers:
     def state_names(self, parameter: nn.Parameter) -> set[str]:
         return STATE_NAMES[type(self._owners[parameter])]
 
+    def state_dtype(self, parameter: nn.Parameter) -> torch.dtype:
+        """Of the states that are laid out as the parameter is."""
+        owner = self._owners[parameter]
+        return owner.state_dtype if isinstance(owner, AdamWHalfStates) else parameter.dtype
+
     def set_state(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
         self._owners[parameter].state[parameter] = state
 
@@ -77,7 +87,10 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> Optimizers:
             )
         )
     groups = [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    members.append(torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True))
+    if optim.state_dtype == "bf16":
+        members.append(AdamWHalfStates(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps))
+    else:
+        members.append(torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True))
     return Optimizers(members)
 
 
@@ -91,6 +104,7 @@ def squared_gradient_norm(model: nn.Module, team: Team) -> Tensor:
         for name, parameter in model.named_parameters()
         if parameter.grad is not None
         and team.place("replicate") == 0
+        and not is_second_copy(name, team)
         and (team.place("tensor") == 0 or is_cut(name, team))
     ]
     counted = [grad for grad in counted if grad.numel()]
@@ -100,17 +114,10 @@ def squared_gradient_norm(model: nn.Module, team: Team) -> Tensor:
     return norms.to(torch.float64).square().sum()
 
 
-def scale_gradients(model: nn.Module, factor: float) -> None:
-    """Multiply all gradients by the same number, in place."""
-    grads = [local_part(p.grad) for p in model.parameters() if p.grad is not None]
-    if factor != 1 and grads:
-        torch._foreach_mul_(grads, factor)
-
-
-def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
-    """One process: scale the gradients to a global norm of at most `max_norm` (0: leave them); the norm before."""
-    limit = max_norm if max_norm > 0 else float("inf")
-    return nn.utils.clip_grad_norm_(model.parameters(), limit)
+def clip_gradients(model: nn.Module, norm: float, limit: float) -> None:
+    """Scale gradients of the given global norm to one of at most `limit` (0: leave them), in place."""
+    if 0 < limit < norm:
+        torch._foreach_mul_([local_part(p.grad) for p in model.parameters() if p.grad is not None], limit / norm)
 
 
 def optimizer_states(model: nn.Module, optimizers: Optimizers) -> Iterator[tuple[str, str, nn.Parameter, Tensor]]:
@@ -123,7 +130,8 @@ def optimizer_states(model: nn.Module, optimizers: Optimizers) -> Iterator[tuple
 def allocate_states(model: nn.Module, optimizers: Optimizers, stored: Mapping[str, tuple[int, ...]]) -> None:
     """Give the optimiser the states that `stored` ("<parameter>/<state>" -> shape of the whole) lists, still empty.
 
-    Raises ValueError when they are of another model or optimiser.
+    They have the dtype that this optimiser keeps, whatever was stored: reading casts. Raises ValueError when they are
+    of another model or optimiser.
     """
     if not stored:  # saved before the first step that was not skipped
         return
@@ -138,7 +146,7 @@ def allocate_states(model: nn.Module, optimizers: Optimizers, stored: Mapping[st
             )
         # `fused` wants the step counter on the device too.
         state = {
-            key: torch.zeros_like(parameter, requires_grad=False)
+            key: torch.zeros_like(parameter, dtype=optimizers.state_dtype(parameter), requires_grad=False)
             if shape
             else torch.zeros((), dtype=torch.float32, device=parameter.device)
             for key, shape in found.items()

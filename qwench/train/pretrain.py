@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from qwench import config
 from qwench.data.packing import PretrainDataset
 from qwench.data.shards import TokenShards
+from qwench.data.sources import JoinedShards
 from qwench.parallel.layout import Team
 from qwench.tokenizer import Tokenizer
 from qwench.train.command import parse_recipe, report
 from qwench.train.config import PretrainConfig
 from qwench.train.job import open_run, run_stage
-from qwench.train.loop import Trainer, TrainResult, prepare_model
+from qwench.train.loop import Trainer, TrainResult
+from qwench.train.prepare import prepare_model
 from qwench.train.start import model_config
 
 
@@ -24,15 +28,16 @@ def pretrain(recipe: PretrainConfig) -> TrainResult:
 
 def _train(recipe: PretrainConfig, team: Team) -> TrainResult:
     tokenizer = Tokenizer.load(recipe.tokenizer)
-    shards = TokenShards.open(recipe.train_shards, tokenizer.fingerprint)
+    train_shards = (recipe.train_shards,) if isinstance(recipe.train_shards, Path) else recipe.train_shards
+    shards = JoinedShards.open(train_shards, tokenizer.fingerprint)
     source = PretrainDataset(shards, recipe.seq_len, recipe.loop.seed, attend_across=recipe.attend_across)
     val_source = None
     if recipe.val_shards is not None:
         val_shards = TokenShards.open(recipe.val_shards, tokenizer.fingerprint)
         val_source = PretrainDataset(val_shards, recipe.seq_len, 0, attend_across=recipe.attend_across)
-    dtype, model = prepare_model(recipe, recipe.model, tokenizer, team)
+    prepared = prepare_model(recipe, recipe.model, tokenizer, team, row_tokens=recipe.seq_len)
     with open_run(recipe, "pretrain", team) as run:
-        return Trainer(recipe, run, model, tokenizer, source, val_source, team=team, dtype=dtype).train()
+        return Trainer(recipe, run, prepared, tokenizer, source, val_source, team=team).train()
 
 
 def main(argv: list[str]) -> int:

@@ -20,7 +20,8 @@ from qwench.tokenizer import Tokenizer
 from qwench.train.command import parse_recipe, report
 from qwench.train.config import SFTConfig
 from qwench.train.job import open_run, run_stage
-from qwench.train.loop import Trainer, TrainResult, prepare_model
+from qwench.train.loop import Trainer, TrainResult
+from qwench.train.prepare import prepare_model
 from qwench.train.start import model_config
 from qwench.types import Sample
 
@@ -49,11 +50,12 @@ def _train(recipe: SFTConfig, team: Team) -> TrainResult:
         console.print(f"{dataset.num_over_long} conversations exceed {recipe.seq_len} tokens: {recipe.over_long}")
     if dataset.num_without_loss:
         console.print(f"{dataset.num_without_loss} conversations have no token to learn and are left out")
-    dtype, model = prepare_model(recipe, recipe.model, tokenizer, team)
+    prepared = prepare_model(recipe, recipe.model, tokenizer, team)
     # A chat model ends its turn with <|im_end|>; the base model's end token stays the second one.
-    model.config = dataclasses.replace(model.config, eos_token_id=tuple(tokenizer.eos_token_ids))
+    end_tokens = tuple(tokenizer.eos_token_ids)
+    prepared.model.config = dataclasses.replace(prepared.model.config, eos_token_id=end_tokens)
     with open_run(recipe, "sft", team) as run:
-        return Trainer(recipe, run, model, tokenizer, dataset, val_dataset, team=team, dtype=dtype).train()
+        return Trainer(recipe, run, prepared, tokenizer, dataset, val_dataset, team=team).train()
 
 
 def sample_dataset(recipe: SFTConfig, tokenizer: Tokenizer, files: Sequence[Path]) -> SampleDataset:

@@ -11,6 +11,7 @@ file (local disks of one host, Lustre, GPFS, BeeGFS, NFS; not an object store be
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,17 @@ Specs = Sequence[tuple[str, tuple[int, ...], torch.dtype]]
 
 
 @dataclass(frozen=True, slots=True)
+class BlockSum:
+    """CRC-32 of the bytes of a block, row by row, as they went into a file."""
+
+    file: str
+    tensor: str
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+    crc: int
+
+
+@dataclass(frozen=True, slots=True)
 class _Place:
     path: Path
     begin: int
@@ -36,6 +48,7 @@ class TensorFiles:
     """Files to be written together: relative path -> the whole tensors in it, in order."""
 
     def __init__(self, directory: Path, files: Mapping[str, Specs]) -> None:
+        self.directory = directory
         self._headers = {directory / name: make_header(specs) for name, specs in files.items()}
         self._places = {
             tensor: _Place(directory / name, self._headers[directory / name][1][tensor], shape, dtype)
@@ -51,40 +64,54 @@ class TensorFiles:
                 file.write(header)
                 file.truncate(max(ends, default=len(header)))
 
+    @property
+    def headers(self) -> dict[str, bytes]:
+        """The beginnings of the files, by relative path."""
+        return {path.relative_to(self.directory).as_posix(): header for path, (header, _) in self._headers.items()}
+
     def _num_bytes(self, name: str) -> int:
         place = self._places[name]
         return torch.Size(place.shape).numel() * place.dtype.itemsize
 
-    def write(self, blocks: Iterable[Block]) -> None:
-        """Write blocks, cast to their tensor's dtype, and sync them to disk. Raises OSError."""
+    def write(self, blocks: Iterable[Block]) -> list[BlockSum]:
+        """Write blocks, cast to their tensor's dtype, and sync them to disk; their checksums. Raises OSError."""
         descriptors: dict[Path, int] = {}
+        sums: list[BlockSum] = []
         try:
             for block in blocks:
                 place = self._places[block.name]
                 if place.path not in descriptors:
                     descriptors[place.path] = os.open(place.path, os.O_WRONLY)
-                _write_block(descriptors[place.path], place, block)
+                crc = _write_block(descriptors[place.path], place, block)
+                file = place.path.relative_to(self.directory).as_posix()
+                sums.append(BlockSum(file, block.name, block.start, tuple(block.values.shape), crc))
             for descriptor in descriptors.values():
                 os.fsync(descriptor)
+            return sums
         finally:
             for descriptor in descriptors.values():
                 os.close(descriptor)
 
 
-def _write_block(descriptor: int, place: _Place, block: Block) -> None:
+def _write_block(descriptor: int, place: _Place, block: Block) -> int:
+    """The CRC-32 of what was written."""
     row_items = torch.Size(place.shape[1:]).numel()
     row_bytes = row_items * place.dtype.itemsize
     if block.values.ndim == 0:
-        _write_bytes(descriptor, byte_view(block.values.to("cpu", place.dtype).reshape(1)), place.begin)
-        return
+        view = byte_view(block.values.to("cpu", place.dtype).reshape(1))
+        _write_bytes(descriptor, view, place.begin)
+        return zlib.crc32(view)
+    crc = 0
     whole_rows = block.values.ndim == 1 or block.values.shape[1] == place.shape[1]
     for first, rows in _host_rows(block.values, place.dtype):
         begin = place.begin + (block.start[0] + first) * row_bytes
+        crc = zlib.crc32(byte_view(rows), crc)
         if whole_rows:
             _write_bytes(descriptor, byte_view(rows), begin)
             continue
         for index, row in enumerate(rows):
             _write_bytes(descriptor, byte_view(row), begin + index * row_bytes + block.start[1] * place.dtype.itemsize)
+    return crc
 
 
 def _host_rows(values: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from qwench.model.presets import preset
 from qwench.parallel.blocks import cut, whole_shapes
 from qwench.parallel.data import apply_data_parallel
 from qwench.parallel.layout import Team
+from qwench.parallel.stages import StagedLM, deal_layers, stages_of_rank
 from qwench.tokenizer import Tokenizer
 from qwench.train.config import StartConfig
 
@@ -41,6 +43,8 @@ def model_config(start: StartConfig, tokenizer: Tokenizer) -> ModelConfig:
         config = dataclasses.replace(
             config, vocab_size=rows, bos_token_id=tokenizer.eod_id, eos_token_id=tokenizer.eod_id
         )
+    if start.rope_theta is not None:
+        config = dataclasses.replace(config, rope_theta=start.rope_theta)
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.vocab_size} ids but the model only {config.vocab_size} embedding "
@@ -53,7 +57,9 @@ def build_model(start: StartConfig, tokenizer: Tokenizer, device: torch.device, 
     """fp32 weights on `device`. Raises ValueError when the tokenizer has more ids than the model has rows."""
     config = model_config(start, tokenizer)
     if start.path is not None:
-        return load_model(start.path, device=device, dtype="float32")
+        model = load_model(start.path, device=device, dtype="float32")
+        model.config = model.model.config = config
+        return model
     model = CausalLM(config, device=device, dtype=torch.float32)
     init_weights(model, seed, start.scale_residual)
     return model
@@ -67,21 +73,28 @@ def build_sharded(
     compute_dtype: torch.dtype,
     *,
     reshard_after_forward: bool = True,
+    virtual_stages: int = 1,
+    before_sharding: Callable[[CausalLM], None] = lambda model: None,
 ) -> CausalLM:
     """This rank's share of the same model, for a team of several ranks; `build_model` for one.
 
     A rank holds its shares and one whole unit (a block, or the embedding and the output matrix) at a time. The values
-    do not depend on the layout. Raises ValueError as `build_model` does.
+    do not depend on the layout. `before_sharding` may change how blocks run, after the tensor axis has cut them and
+    before FSDP shards them; with several ranks the parameters have no memory yet. Raises ValueError as `build_model`
+    does.
     """
     if team.is_alone:
-        return build_model(start, tokenizer, team.device, seed)
+        model = build_model(start, tokenizer, team.device, seed)
+        before_sharding(model)
+        return model
     config = model_config(start, tokenizer)
     checkpoint = open_checkpoint(start.path) if start.path is not None else None
     if checkpoint is not None:
         checkpoint.checked_table()
     read = checkpoint.reader() if checkpoint is not None else None
     model = CausalLM(config, device="meta", dtype=torch.float32)
-    hand_to_axes(model, team)
+    model = hand_to_axes(model, team, virtual_stages)
+    before_sharding(model)
     shapes = whole_shapes(model)
     filled: dict[nn.Parameter, nn.Parameter] = {}
 
@@ -105,13 +118,18 @@ def build_sharded(
     return model
 
 
-def hand_to_axes(model: CausalLM, team: Team) -> None:
+def hand_to_axes(model: CausalLM, team: Team, virtual_stages: int = 1) -> CausalLM:
     """Apply the axes that change what a rank computes to a model without memory, whose parameters become its cuts.
 
-    The context axis changes batches only (`batch.py`).
+    With a pipeline the result is another model, which has the rank's layers. The context axis changes batches only
+    (`batch.py`).
     """
-    assert team.layout.pipeline == 1, "refused by job.run_stage"
     if team.layout.tensor > 1:
         from qwench.parallel.axes import apply_tensor  # DTensor's import takes a second, which one process saves
 
         apply_tensor(model, team.group("tensor"))
+    num_ranks = team.layout.pipeline
+    if num_ranks > 1:
+        counts = deal_layers(model.config, num_ranks * virtual_stages)
+        model = StagedLM(model, stages_of_rank(counts, team.place("pipeline"), num_ranks))
+    return model

@@ -13,6 +13,7 @@ class CountedRows:
     def __init__(self, num_rows, name="rows"):
         self.num_rows = num_rows
         self.fingerprint = name
+        self.source_names = ()
 
     def row(self, epoch, index):
         place = np.array([epoch, index], np.int32)
@@ -129,3 +130,16 @@ def test_pretraining_rows_resume_exactly(make_shards):
     assert state["epoch"] >= 1
     with pytest.raises(ValueError, match="source"):
         RowLoader(PretrainDataset(shards, 16, seed=1), 4, seed=1).load_state_dict(state)
+
+
+def test_looking_ahead_moves_nothing():
+    loader = RowLoader(CountedRows(7), 3, epochs=1)
+    for position in (0, 3, 6):
+        ahead = loader.peek()
+        assert loader.peek() is ahead
+        assert loader.state_dict()["position"] == position
+        assert next(loader) is ahead
+    with pytest.raises(AssertionError, match="at its end"):
+        loader.peek()
+    loader.load_state_dict(loader.state_dict() | {"epoch": 0, "position": 3})
+    assert places(loader.peek()) == places(next(loader))

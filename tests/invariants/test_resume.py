@@ -55,6 +55,7 @@ def assert_equal_runs(left: Path, right: Path, step: int = 20) -> None:
 PRETRAIN = {
     "plain": [],
     "accumulation": ["loop.micro_batch_rows=1"],
+    "growing batches": ["loop.batch_warmup={start_rows=2, tokens=300}", "schedule.kind=wsd", "loop.fp8=on"],
     "uneven micro-batches": ["loop.batch_rows=5", "loop.micro_batch_rows=2"],
     "bf16": ["loop.precision=bf16", "loop.micro_batch_rows=2"],
     "attend across": ["attend_across=true"],

@@ -169,3 +169,45 @@ def test_cross_entropy(vocabulary: int) -> None:
     assert len(re.findall(r"st\.global[.\w:]*\.v4\.b32", ptx)) >= 2
     assert "evict_last" in ptx
     assert "evict_first" in ptx
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_adamw(aligned: bool) -> None:
+    """Addresses from a table give wide loads and stores where they are known to be aligned."""
+    import triton.language as tl
+
+    from qwench.train import adamw_triton
+
+    types = {
+        "tensors_ptr": "*i64", "numbers_ptr": "*fp32", "chunks_ptr": "*i64", "beta1": "fp32", "beta2": "fp32",
+        "eps": "fp32",
+    }  # fmt: skip
+    constants = {"STATE": tl.bfloat16, "ALIGNED": aligned, "STEPS": 8, "BLOCK": 1024}
+    ptx = compiled(adamw_triton._adamw_kernel, types, constants, 4)
+    assert bool(re.search(r"ld\.global[.\w:]*\.v4\.b32", ptx)) == aligned
+    assert bool(re.search(r"st\.global[.\w:]*\.v4\.b32", ptx)) == aligned
+
+
+def test_swiglu_backward() -> None:
+    from qwench.ops import elementwise_train_triton
+
+    types = dict.fromkeys(("gate_up_ptr", "d_out_ptr", "d_gate_up_ptr"), "*bf16") | {"F": "i32"}
+    ptx = compiled(elementwise_train_triton._swiglu_backward_kernel, types, {"BLOCK_F": 1024}, 4)
+    assert len(re.findall(r"ld\.global[.\w:]*\.v4\.b32", ptx)) >= 3
+    assert len(re.findall(r"st\.global[.\w:]*\.v4\.b32", ptx)) >= 2
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads", "half"), [(14, 2, 32), (28, 4, 64)])
+def test_rotation_for_training(heads: int, kv_heads: int, half: int, backward: bool) -> None:
+    from qwench.ops import elementwise_train_triton
+
+    kernel = elementwise_train_triton._rotate_kernel
+    types = {name: "*bf16" if name.endswith("_ptr") else "i32" for name in kernel.arg_names}
+    constants = {
+        "H": heads, "K": kv_heads, "R": half, "BLOCK_H": 16 if heads == 14 else 32, "BLOCK_R": half,
+        "BACKWARD": backward,
+    }  # fmt: skip
+    ptx = compiled(kernel, types, constants, 2)
+    assert re.search(r"ld\.global[.\w:]*\.v[24]\.b32", ptx)
+    assert re.search(r"st\.global[.\w:]*\.v[24]\.b32", ptx)

@@ -19,8 +19,9 @@ from qwench.model.decoder import CausalLM
 from qwench.ops import cross_entropy
 from qwench.ops.attention import AttnMeta
 from qwench.ops.attention_train import Stream
-from qwench.parallel.axes import apply_tensor, sum_gradients, token_losses
+from qwench.parallel.axes import apply_tensor, sum_gradients
 from qwench.parallel.context import cut, restore
+from qwench.parallel.vocabulary import token_losses
 
 TIED = ModelConfig(
     vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=8,

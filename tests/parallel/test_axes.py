@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from axes_worker import CASES, LAYOUTS, MANY, UNDER_FSDP, build, one_process, runs, work
@@ -12,8 +14,11 @@ from axes_worker import CASES, LAYOUTS, MANY, UNDER_FSDP, build, one_process, ru
 from qwench.parallel.plan import TRAINING_PLAN, join, split_of
 
 pytestmark = pytest.mark.multi
-TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 3e-2}
-"""Relative, in the 2-norm of a parameter's gradient."""
+TOLERANCE = 3e-6
+"""fp32: relative, in the 2-norm of a parameter's gradient."""
+WORSE, WORSE_ON_AVERAGE = 2.0, 1.25
+"""bf16 rounds at other places on every layout. Beside the gradients of fp32, those of several ranks may be this much
+farther away than one process's (3 %), for any parameter and for all of them: seen were 1.33 and 1.11."""
 
 
 @pytest.fixture(scope="module")
@@ -46,24 +51,32 @@ def test_equals_one_process(name: str, sizes: tuple[int, int], results: dict[int
     case, (context, tensor) = CASES[name], sizes
     by_rank = [rank[sizes][name] for rank in results[context * tensor]]
     whole = {key: parameter.detach() for key, parameter in build(case).named_parameters()}
-    loss, by_token, gradients = one_process(case)
-    tolerance = TOLERANCE[case.dtype]
+    exact = loss, by_token, gradients = one_process(replace(case, dtype=torch.float32))
+    in_bf16 = case.dtype == torch.bfloat16
+    rounded = one_process(case) if in_bf16 else exact
+    bounds = {key: max(TOLERANCE, WORSE * error(rounded[2][key], want)) for key, want in gradients.items()}
+    token_bounds = [max(TOLERANCE, WORSE * error(*pair)) for pair in zip(rounded[1], by_token, strict=True)]
     for first in range(0, context * tensor, tensor):
         ranks = by_rank[first : first + tensor]
         for rank in ranks:
-            assert abs(rank["loss"] / loss - 1) < tolerance
-            for got, want in zip(rank["by_token"], by_token, strict=True):
-                assert error(got, want) < tolerance
+            assert abs(rank["loss"] / loss - 1) < (max(token_bounds) if in_bf16 else TOLERANCE)
+            for got, want, bound in zip(rank["by_token"], by_token, token_bounds, strict=True):
+                assert error(got, want) < bound
+        errors: dict[str, float] = {}
         assert ranks[0]["gradients"].keys() == gradients.keys()
         for key, want in gradients.items():
             assert float(want.norm()) > 0
             parameters, parts = ([rank[what][key] for rank in ranks] for what in ("parameters", "gradients"))
             assert torch.equal(join(key, parameters, case.config, TRAINING_PLAN), whole[key])
-            assert error(join(key, parts, case.config, TRAINING_PLAN), want) < tolerance, key
+            errors[key] = error(join(key, parts, case.config, TRAINING_PLAN), want)
+            assert errors[key] < bounds[key], key
             if split_of(key, TRAINING_PLAN).axis is None:
                 assert all(torch.equal(part, parts[0]) for part in parts)
             else:
                 assert parts[0].numel() * tensor == want.numel()
+        if in_bf16:
+            ours, one = (np.array(list(values)) for values in (errors.values(), bounds.values()))
+            assert np.sqrt((ours**2).mean()) < WORSE_ON_AVERAGE * np.sqrt((one**2).mean()) / WORSE
 
 
 @pytest.mark.parametrize("axis", UNDER_FSDP)
@@ -74,7 +87,7 @@ def test_under_fsdp(axis: str, results: dict[int, list[dict[Any, Any]]]) -> None
     for key, want in one_process(case)[2].items():
         for first in (0, 2):
             parts = [by_rank[rank][key] for rank in (first, first + 1)]
-            assert error(join(key, parts, case.config, TRAINING_PLAN), want) < TOLERANCE[case.dtype], key
+            assert error(join(key, parts, case.config, TRAINING_PLAN), want) < TOLERANCE, key
 
 
 def test_refusals(results: dict[int, list[dict[Any, Any]]]) -> None:

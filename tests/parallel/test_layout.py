@@ -79,6 +79,11 @@ def test_what_the_model_does_not_bear(layout: Layout, rows: int, seq_len: int, m
     check_model(fine, CONFIG, seq_len=64, batch_rows=8)
 
 
+def test_the_vocabulary_is_cut_too() -> None:
+    with pytest.raises(ValueError, match=r"parallel\.tensor is 2: .*vocab_size 511 .* these work: 1$"):
+        check_model(Layout(tensor=2), dataclasses.replace(CONFIG, vocab_size=511), seq_len=64, batch_rows=8)
+
+
 def test_more_gpus_than_exist(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert job_size(2, on_gpu=True) == 2

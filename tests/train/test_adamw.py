@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import importlib.util
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +18,11 @@ from qwench.model.config import ModelConfig
 from qwench.model.decoder import CausalLM
 from qwench.ops.attention import AttnMeta
 from qwench.ops.cross_entropy import linear_cross_entropy
-from qwench.train.adamw import AdamWHalfStates, _compiled, _update
+from qwench.ops.triton_launch import runs_triton
+from qwench.train.adamw import AdamWHalfStates, _update
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+KERNELS = runs_triton(DEVICE)
 
 
 def groups(model: nn.Module) -> list[dict[str, object]]:
@@ -67,14 +77,54 @@ def test_states_that_would_stand_still_are_refused() -> None:
         AdamWHalfStates([nn.Parameter(torch.zeros(2))], 1e-3, betas=(0.9, 0.999))
 
 
-def test_compiled_update() -> None:
-    """What a GPU runs, compiled here for the CPU: the same values for tensors of several sizes and steps."""
-    torch.manual_seed(0)
-    for size, step_size in ((64, 0.1), (1000, 0.2), (7, 0.3)):
-        numbers = torch.tensor([step_size, 0.5, 0.99])
-        tensors = [torch.randn(size), torch.randn(size), torch.randn(size).bfloat16(), torch.rand(size).bfloat16()]
-        copies = [x.clone() for x in tensors]
-        _update(*tensors, numbers, 0.9, 0.95, 1e-8)
-        _compiled()(*copies, numbers, 0.9, 0.95, 1e-8)
-        for a, b in zip(copies, tensors, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-2 if a.dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+# ---------------------------------------------------------------------------------------------------------- the kernel
+def test_kernel_in_the_interpreter() -> None:
+    """In a process of its own; in fp32, since the interpreter cuts bf16 instead of rounding."""
+    if KERNELS or importlib.util.find_spec("triton") is None:
+        pytest.skip("the kernel runs in this process, or Triton is not installed")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "one_launch"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        command, env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=root, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert done.stdout.startswith(".."), "both have run"
+
+
+@pytest.mark.skipif(not KERNELS, reason="no GPU; the interpreter's run of this file covers it")
+@pytest.mark.parametrize("state", [torch.float32, *([torch.bfloat16] if DEVICE.type == "cuda" else [])])
+def test_one_launch_for_all(state: torch.dtype) -> None:
+    """Tensors of several sizes, empty, not aligned, longer than a chunk, each with numbers of its own."""
+    from qwench.train.adamw_triton import CHUNK, adamw_
+
+    generator = torch.Generator().manual_seed(0)
+    sizes = [1, 0, CHUNK - 1, CHUNK, 3 * CHUNK + 17, 64]
+    tensors, numbers = [], []
+    for index, size in enumerate(sizes):
+        first = index % 2  # every second one begins 4 bytes after a multiple of 16
+        four = [torch.randn(size + first, generator=generator)[first:].to(DEVICE) for _ in range(4)]
+        tensors.append((four[0], four[1], four[2].to(state), four[3].abs().to(state)))
+        numbers.append((0.1 * (index + 1), 0.5 + 0.05 * index, 0.99 - 0.01 * index))
+    want = [tuple(x.clone() for x in four) for four in tensors]
+    for four, its_numbers in zip(want, numbers, strict=True):
+        _update(*four, *its_numbers, 0.9, 0.95, 1e-8)
+    adamw_(tensors, numbers, 0.9, 0.95, 1e-8)
+    for got_four, want_four in zip(tensors, want, strict=True):
+        for got, wanted in zip(got_four, want_four, strict=True):
+            torch.testing.assert_close(got, wanted, rtol=1e-2 if got.dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(not KERNELS, reason="no GPU; the interpreter's run of this file covers it")
+def test_one_launch_is_the_optimiser() -> None:
+    ours = nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 5)).to(DEVICE)
+    torchs = copy.deepcopy(ours)
+    theirs = torch.optim.AdamW(groups(torchs), 1e-3, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    mine = AdamWHalfStates(groups(ours), 1e-3, state_dtype=torch.float32)
+    for step in range(2):
+        for seed, (a, b) in enumerate(zip(ours.parameters(), torchs.parameters(), strict=True)):
+            a.grad = torch.randn(a.shape, generator=torch.Generator().manual_seed(100 * step + seed)).to(DEVICE)
+            b.grad = a.grad.clone()
+        mine.step()
+        theirs.step()
+    for a, b in zip(ours.parameters(), torchs.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)

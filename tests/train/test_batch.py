@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -40,3 +42,22 @@ def test_padding_counts_for_nothing(num_tokens: int) -> None:
     assert batch.meta.max_q == int(lengths.max()) == max(num_tokens, int(lengths[1:].max()) if len(lengths) > 1 else 0)
     assert not batch.loss_weights_T[num_tokens:].any()
     assert torch.equal(batch.positions_T, torch.cat([torch.arange(n) for n in lengths.tolist()]))
+
+
+def test_weights_and_size_of_a_step() -> None:
+    """Weights as shares of the step's total, and a batch of as many tokens as the others have."""
+    batch = make_batch([row([7, 8, 9], [2, 1])], torch.device("cpu"), total_weight=4.0, num_tokens=700)
+    assert batch.loss_weights_T[:3].tolist() == [0, 0.25, 0.5]
+    assert batch.num_tokens == 768
+    assert not batch.loss_weights_T[3:].any()
+    full = make_batch([row([3] * 768, [768])], torch.device("cpu"), num_tokens=700)
+    assert full.num_tokens == 768
+
+
+def test_sources_of_tokens() -> None:
+    rows = [dataclasses.replace(row([7, 8], [2]), sources=np.array([0, n], np.int16)) for n in (1, 2)]
+    batch = make_batch(rows, torch.device("cpu"))
+    assert batch.sources_T is not None
+    assert batch.sources_T[:4].tolist() == [0, 1, 0, 2]
+    assert batch.sources_T.shape == batch.tokens_T.shape
+    assert make_batch([row([7, 8], [2])], torch.device("cpu")).sources_T is None

@@ -17,12 +17,13 @@ from qwench.data.packing import PretrainDataset, SampleDataset
 from qwench.data.shards import TokenShards
 from qwench.model.load import load_model
 from qwench.run import Run, read_metrics
-from qwench.train import loop
+from qwench.train import prepare
 from qwench.train.batch import Batch
 from qwench.train.config import GuardConfig, PretrainConfig
 from qwench.train.guard import Guard
 from qwench.train.loop import Trainer, TrainResult
-from qwench.train.loss import next_token_loss
+from qwench.train.loss import next_token_losses
+from qwench.train.prepare import Prepared
 from qwench.train.pretrain import pretrain
 from qwench.train.start import build_model
 from qwench.types import Sample
@@ -33,28 +34,29 @@ def trainer(tmp_path: Path, tiny_tokenizer, tiny_shards, pretrain_arguments):
     """A trainer of its own parts, so that a test can give it another loss or other data."""
     runs: list[Run] = []
 
-    def make(*further: str, loss=next_token_loss, source=None, val_source=None) -> Trainer:
+    def make(*further: str, loss=next_token_losses, source=None, val_source=None) -> Trainer:
         recipe = config.load(PretrainConfig, pretrain_arguments(tmp_path / "run", *further))
         shards = TokenShards.open(tiny_shards / "train")
         model = build_model(recipe.model, tiny_tokenizer, torch.device("cpu"), recipe.loop.seed)
         runs.append(Run(recipe.out, recipe, "pretrain", recipe.resume))
         data = source or PretrainDataset(shards, recipe.seq_len, recipe.loop.seed)
-        return Trainer(recipe, runs[-1], model, tiny_tokenizer, data, val_source, loss)
+        prepared = Prepared(model=model, dtype=torch.float32)
+        return Trainer(recipe, runs[-1], prepared, tiny_tokenizer, data, val_source, loss)
 
     yield make
     for run in runs:
         run.close()
 
 
-def poisoned(steps: set[int]) -> Callable[..., torch.Tensor]:
+def poisoned(steps: set[int]) -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
     """The loss, not a number in the given calls."""
     calls = 0
 
-    def loss(model, batch: Batch) -> torch.Tensor:
+    def loss(model, batch: Batch, z_loss: float) -> tuple[torch.Tensor, torch.Tensor]:
         nonlocal calls
         calls += 1
-        value = next_token_loss(model, batch)
-        return value * float("nan") if calls in steps else value
+        value, by_token = next_token_losses(model, batch, z_loss)
+        return value * float("nan") if calls in steps else value, by_token
 
     return loss
 
@@ -178,10 +180,11 @@ def test_spike_rule_off_and_zero_norms() -> None:
 def test_spike_in_training(trainer) -> None:
     calls = 0
 
-    def spiky(model, batch: Batch) -> torch.Tensor:
+    def spiky(model, batch: Batch, z_loss: float) -> tuple[torch.Tensor, torch.Tensor]:
         nonlocal calls
         calls += 1
-        return next_token_loss(model, batch) * (1000.0 if calls == 8 else 1.0)
+        value, by_token = next_token_losses(model, batch, z_loss)
+        return value * (1000.0 if calls == 8 else 1.0), by_token
 
     result = trainer("loop.steps=10", "guard.window_steps=8", loss=spiky).train()
     assert result.skipped_steps == 1
@@ -256,7 +259,7 @@ def test_precision_of_a_run_does_not_change(tmp_path: Path, pretrain_arguments, 
     """`auto` measures the machine; what it chose at the start holds after a resumption that would measure otherwise."""
     arguments = pretrain_arguments(tmp_path / "run", "loop.precision=auto", "loop.steps=4", "checkpoint.every_steps=2")
     for steps, measured in ((2, torch.bfloat16), (4, torch.float32)):
-        monkeypatch.setattr(loop, "pick_dtype", lambda precision, device, dtype=measured: dtype)
+        monkeypatch.setattr(prepare, "pick_dtype", lambda precision, device, dtype=measured: dtype)
         recipe = config.load(PretrainConfig, [*arguments, f"loop.steps={steps}", "resume=force"])
         pretrain(recipe)
     assert json.loads((tmp_path / "run/provenance.json").read_text())["precision"] == "bfloat16"

@@ -6,6 +6,7 @@ One process's run and one of each layout are made once and compared; resumed run
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -27,8 +28,10 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 from qwench import cli, config
 from qwench.parallel.launch import connected, run_job
+from qwench.parallel.layout import Layout
 from qwench.run import read_metrics
-from qwench.train import checkpoint, loop
+from qwench.train import checkpoint, job, loop, prepare
+from qwench.train.compile import compile_blocks
 from qwench.train.config import PretrainConfig
 from qwench.train.pretrain import pretrain
 
@@ -45,6 +48,7 @@ LAYOUTS = {
     "shard 2 x tensor 2": ["gpus=4", "parallel.tensor=2"],
     "shard 2 x context 2": ["gpus=4", "parallel.context=2"],
     "replicate 2 x shard 2": ["gpus=4", "parallel.replicate=2", "parallel.shard=2"],
+    "pipeline 2": ["gpus=2", "parallel.pipeline=2"],
 }
 FILES = ("model/model.safetensors", "optimizer.safetensors", "state.json")
 
@@ -133,12 +137,35 @@ def test_resumed_bit_for_bit(runs, options, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("before", "after"),
-    [("shard 2", "one"), ("shard 2 x tensor 2", "one"), ("tensor 2", "shard 2"), ("one", "replicate 2 x shard 2")],
+    [
+        ("shard 2", "one"),
+        ("shard 2 x tensor 2", "one"),
+        ("tensor 2", "pipeline 2"),
+        ("pipeline 2", "shard 2"),
+        ("one", "replicate 2 x shard 2"),
+    ],
 )
 def test_resumed_with_another_layout(before: str, after: str, runs, options, tmp_path: Path) -> None:
     """No resume=force: how many GPUs there are is not what the recipe computes."""
     run = halved(runs(before), tmp_path / "run")
     assert cli.main(["pretrain", *options(run, *LAYOUTS[after])]) == 0
+    assert_same_run(run, runs("one"))
+
+
+def compiles_blocks(recipe: PretrainConfig) -> float:
+    """Traced and partitioned as for a GPU, and run without a compiler."""
+    prepare.compile_blocks = functools.partial(compile_blocks, backend="aot_eager")
+    return pretrain(recipe).train_loss
+
+
+def test_compiled_blocks_under_fsdp(runs, options, tmp_path: Path) -> None:
+    """FSDP gathers what a compiled block reads. Blocks cut by tensor parallelism: tests/parallel/test_axes.py."""
+    run = tmp_path / "run"
+    recipe = recipe_of(options(run, "loop.compile=on", *LAYOUTS["shard 2"]))
+    run_job(compiles_blocks, (recipe,), gpus=2, on_gpu=False, logs=run / "logs")
+    facts = json.loads((run / "provenance.json").read_text())
+    assert facts["compiled"] is True
+    assert facts["remat"] == "elementwise"
     assert_same_run(run, runs("one"))
 
 
@@ -148,6 +175,16 @@ def test_gradients_scattered_after_every_micro_batch(runs, options, tmp_path: Pa
     run = halved(runs("one"), tmp_path / "run")
     assert cli.main(["pretrain", *options(run, *LAYOUTS["shard 2"], *further, "resume=force")]) == 0
     assert_same_run(run, runs("one"))
+
+
+def test_a_pipeline_that_mostly_waits(options, tmp_path: Path, capsys) -> None:
+    for rows, warned in ((2, False), (8, True)):
+        recipe = recipe_of(options(tmp_path, *LAYOUTS["pipeline 2"], f"loop.micro_batch_rows={rows}"))
+        shape = recipe.model.config
+        assert shape is not None
+        job.check_pipeline(recipe, Layout(pipeline=2), lambda _, shape=shape: shape)
+        said = " ".join(capsys.readouterr().err.split())
+        assert ("1 micro-batch a step for a pipeline of 2 ranks: a rank waits 100% as long as" in said) == warned
 
 
 def test_muon_orthogonalises_whole_matrices(options, tmp_path: Path) -> None:
@@ -262,13 +299,13 @@ def dies_in_second_save(recipe: PretrainConfig) -> None:
     """Rank 1 is shot after it has written half of its share of the second checkpoint."""
     write, calls = checkpoint.TensorFiles.write, []
 
-    def write_some(self, blocks) -> None:
+    def write_some(self, blocks):
         blocks = list(blocks)
         calls.append(len(blocks))
         if os.environ["RANK"] == "1" and len(calls) == 2:
             write(self, blocks[: len(blocks) // 2])
             os.kill(os.getpid(), signal.SIGKILL)
-        write(self, blocks)
+        return write(self, blocks)
 
     checkpoint.TensorFiles.write = write_some
     pretrain(recipe)
@@ -294,8 +331,8 @@ def poisons_a_step(recipe: PretrainConfig) -> tuple[int, list[float]]:
     """Rank 1's share of step 3 has a loss that is no number."""
     make_batch, calls = loop.make_batch, []
 
-    def poisoned(*arguments):
-        batch = make_batch(*arguments)
+    def poisoned(*arguments, **options):
+        batch = make_batch(*arguments, **options)
         calls.append(0)
         if os.environ["RANK"] == "1" and len(calls) in (5, 6):
             batch = dataclasses.replace(batch, loss_weights_T=batch.loss_weights_T * float("nan"))
@@ -363,7 +400,13 @@ def test_a_failing_rank_ends_the_job(rank: int, kind: str, error, message: str, 
         (["parallel.shard=2"], "start gpus=2"),
         (["gpus=2", "parallel.tensor=2", "parallel.shard=3"], "needs 6 processes, but there are 2"),
         (["gpus=4", "parallel.tensor=4"], "parallel.tensor is 4: a model with num_attention_heads 4"),
-        (["gpus=2", "parallel.pipeline=2"], "parallel.pipeline larger than 1 is not supported yet"),
+        (["gpus=3", "parallel.pipeline=3"], "parallel.pipeline is 3, but the model has only 2 layers"),
+        (["gpus=2", "parallel.pipeline=2", "parallel.virtual_stages=2"], "a pipeline of 4 stages"),
+        (
+            ["gpus=2", "parallel.pipeline=2", "parallel.virtual_stages=2", "loop.batch_rows=6"],
+            "a step has 3 on each pipeline",
+        ),
+        (["parallel.virtual_stages=2"], "parallel.virtual_stages is 2, but parallel.pipeline is 1"),
         (["gpus=2", "parallel.tensor=2", "optim.kind=muon"], "optim.kind=muon needs whole matrices"),
         (["gpus=0"], "gpus is 0"),
     ],

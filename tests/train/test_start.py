@@ -121,7 +121,7 @@ def test_no_such_preset(tiny_tokenizer) -> None:
         ("optim.grad_clip=-1", "grad_clip is -1"),
         ("schedule.warmup_steps=-1", "warmup_steps is -1"),
         ("schedule.min_ratio=2", "min_ratio is 2"),
-        ("schedule.kind=step", "schedule.kind: Input should be 'cosine', 'constant' or 'linear'"),
+        ("schedule.kind=step", "schedule.kind: Input should be 'cosine', 'constant', 'linear' or 'wsd'"),
         ("seq_len=0", "seq_len is 0"),
         ("seq_len=100000", "too few for one row of 100000"),
         ("ops.attention=flash9", "ops.attention=flash9 cannot run on cpu here; choose one of: "),

@@ -1,0 +1,121 @@
+"""One launch for the AdamW step of all parameters of a group, with states in any float dtype.
+
+A kernel a parameter would cost the host more time than the GPU: a 0.5B model has 290 parameters. Here a program takes a
+run of CHUNK values of one parameter and finds the addresses in a table that goes to the GPU with the launch.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qwench.ops.hardware import upload
+from qwench.ops.triton_launch import interpreted
+
+
+@triton.jit
+def _update(p_ptr, grad_ptr, mean_ptr, square_ptr, here, step_size, root, left, beta1, beta2, eps, STATE: tl.constexpr):
+    p = tl.load(p_ptr, mask=here)
+    grad = tl.load(grad_ptr, mask=here)
+    mean = tl.load(mean_ptr, mask=here).to(tl.float32)
+    square = tl.load(square_ptr, mask=here).to(tl.float32)
+    mean += (grad - mean) * (1 - beta1)
+    square = square * beta2 + grad * grad * (1 - beta2)
+    p = p * left - step_size * mean / (tl.sqrt_rn(square) / root + eps)
+    tl.store(p_ptr, p, mask=here)
+    tl.store(mean_ptr, mean.to(STATE), mask=here)
+    tl.store(square_ptr, square.to(STATE), mask=here)
+
+
+@triton.jit
+def _adamw_kernel(
+    tensors_ptr,  # int64 [parameters, 5]: addresses of weights, gradients, means, squares; values
+    numbers_ptr,  # fp32 [parameters, 3]: step size, root of the second bias correction, what weight decay leaves
+    chunks_ptr,  # int64 [programs, 2]: parameter, first value
+    beta1,
+    beta2,
+    eps,
+    STATE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    STEPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    chunk = chunks_ptr + tl.program_id(0) * 2
+    tensor, first = tl.load(chunk), tl.load(chunk + 1)
+    row = tensors_ptr + tensor * 5
+    p_ptr = tl.load(row).to(tl.pointer_type(tl.float32)) + first
+    grad_ptr = tl.load(row + 1).to(tl.pointer_type(tl.float32)) + first
+    mean_ptr = tl.load(row + 2).to(tl.pointer_type(STATE)) + first  # pyright: ignore[reportArgumentType]
+    square_ptr = tl.load(row + 3).to(tl.pointer_type(STATE)) + first  # pyright: ignore[reportArgumentType]
+    here = tl.load(row + 4) - first
+    if ALIGNED:  # chunks are multiples of 16 values
+        p_ptr, grad_ptr = tl.multiple_of(p_ptr, 16), tl.multiple_of(grad_ptr, 16)
+        mean_ptr, square_ptr = tl.multiple_of(mean_ptr, 16), tl.multiple_of(square_ptr, 16)
+    step_size = tl.load(numbers_ptr + tensor * 3)
+    root = tl.load(numbers_ptr + tensor * 3 + 1)
+    left = tl.load(numbers_ptr + tensor * 3 + 2)
+    # A mask that depends on a number from memory would make every load a narrow one.
+    if here >= STEPS * BLOCK:
+        for step in range(STEPS):
+            at = step * BLOCK + tl.arange(0, BLOCK)
+            _update(
+                p_ptr + at, grad_ptr + at, mean_ptr + at, square_ptr + at, None, step_size, root, left, beta1, beta2,
+                eps, STATE,
+            )  # fmt: skip
+    else:
+        for step in range(STEPS):
+            at = step * BLOCK + tl.arange(0, BLOCK)
+            _update(
+                p_ptr + at, grad_ptr + at, mean_ptr + at, square_ptr + at, at < here, step_size, root, left, beta1,
+                beta2, eps, STATE,
+            )  # fmt: skip
+
+
+STEPS, BLOCK = (2, 512) if interpreted() else (8, 1024)
+CHUNK = STEPS * BLOCK
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16}
+
+
+def adamw_(
+    tensors: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]],
+    numbers: Sequence[tuple[float, float, float]],
+    beta1: float,
+    beta2: float,
+    eps: float,
+) -> None:
+    """One step of many (weights, gradients, means, squares), in place; `numbers` as the kernel lists them.
+
+    Weights and gradients fp32, the states of all parameters one dtype; a parameter's four tensors have one size, are
+    contiguous and lie on one device. Does not wait for it.
+    """
+    filled = [number for number, four in enumerate(tensors) if four[0].numel()]
+    tensors, numbers = [tensors[number] for number in filled], [numbers[number] for number in filled]
+    if not tensors:
+        return
+    device, state = tensors[0][0].device, tensors[0][2].dtype
+    sizes = tuple(four[0].numel() for four in tensors)
+    assert all(x.is_contiguous() and x.numel() == size for four, size in zip(tensors, sizes, strict=True) for x in four)
+    assert all((p.dtype, g.dtype, m.dtype, s.dtype) == (*[torch.float32] * 2, state, state) for p, g, m, s in tensors)
+    addresses = [[x.data_ptr() for x in four] for four in tensors]
+    table = np.array([[*four, size] for four, size in zip(addresses, sizes, strict=True)], np.int64)
+    chunks = _chunks(sizes, device)
+    launch: Any = _adamw_kernel[(len(chunks),)]
+    launch(
+        upload(torch.from_numpy(table), device), upload(torch.tensor(numbers, dtype=torch.float32), device), chunks,
+        beta1, beta2, eps, STATE=DTYPES[state], ALIGNED=bool((table[:, :4] % 16 == 0).all()), STEPS=STEPS, BLOCK=BLOCK,
+        num_warps=4,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=16)
+def _chunks(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """int64 [programs, 2]: parameter and first value of each."""
+    pairs = [(number, first) for number, size in enumerate(sizes) for first in range(0, size, CHUNK)]
+    return torch.tensor(pairs, dtype=torch.int64).to(device)

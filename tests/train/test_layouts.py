@@ -1,0 +1,118 @@
+"""Layouts chosen from the memory plan, and `qwench plan`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from qwench import cli, config
+from qwench.model.presets import preset
+from qwench.parallel.layout import Layout, check_model
+from qwench.train import layouts
+from qwench.train.config import PretrainConfig
+from qwench.train.job import run_stage
+from qwench.train.layouts import choose_layout, pick_remat, settle, step_cost
+from qwench.train.memory import GIB, Workload, usable_bytes
+
+STEP = {"seq_len": 4096, "batch_rows": 1024}
+
+
+@pytest.mark.parametrize(
+    ("name", "world", "memory"),
+    [("qwen2.5-0.5b", 1, 80), ("qwen2.5-7b", 8, 80), ("qwen2.5-32b", 8, 80)],
+)
+def test_a_choice_fits_and_divides(name: str, world: int, memory: int) -> None:
+    shape = preset(name)
+    choice = choose_layout(shape, world, memory * GIB, **STEP)
+    assert choice.layout.world == world
+    assert choice.layout.tensor <= 8
+    check_model(choice.layout, shape, **STEP)
+    assert 1024 // choice.layout.data % choice.micro_batch_rows == 0
+    assert choice.plan.total <= usable_bytes(memory * GIB, world)
+    assert choice.cost < 1.5
+
+
+def test_simple_layouts_win_while_they_fit() -> None:
+    small = choose_layout(preset("qwen2.5-1.5b"), 8, 80 * GIB, **STEP)
+    assert small.layout == Layout(shard=8)
+    assert small.remat == "elementwise"
+    long = choose_layout(preset("qwen2.5-7b"), 8, 80 * GIB, seq_len=32_768, batch_rows=128)
+    assert long.layout.context > 1, "a row of 32,768 tokens is too long for one GPU"
+    given = choose_layout(preset("qwen2.5-1.5b"), 8, 80 * GIB, **STEP, micro_batch_rows=2, remat="full")
+    assert (given.micro_batch_rows, given.remat) == (2, "full")
+
+
+def test_what_does_not_fit_is_said() -> None:
+    with pytest.raises(ValueError, match=r"does not fit on 8 GPUs of 80 GiB: the smallest layout needs 1\d\d GiB"):
+        choose_layout(preset("qwen2.5-72b"), 8, 80 * GIB, **STEP)
+    with pytest.raises(ValueError, match="no layout of 3 GPUs divides"):
+        choose_layout(preset("qwen2.5-0.5b"), 3, 80 * GIB, **STEP)
+
+
+def test_costs_have_an_order() -> None:
+    """More work, slower links and waiting cost more."""
+
+    def cost(tokens: int = 16_384, **given) -> float:
+        return step_cost(Workload(config=preset("qwen2.5-7b"), tokens=tokens, micro_batches=8, **given), 4096)
+
+    host = cost(layout=Layout(shard=8), remat="elementwise")
+    assert 1 < host < cost(layout=Layout(shard=8), remat="mlp") < cost(layout=Layout(shard=8), remat="full")
+    assert host < cost(layout=Layout(shard=4, tensor=2), remat="elementwise")
+    assert host < cost(layout=Layout(pipeline=8), remat="elementwise")
+    assert cost(1024, layout=Layout(shard=8)) < cost(1024, layout=Layout(shard=64))
+    assert cost(1024, layout=Layout(replicate=8, shard=8)) < cost(1024, layout=Layout(shard=64))
+
+
+def recipe(*further: str) -> PretrainConfig:
+    given = ["out=x", "tokenizer=x", "train_shards=x", "seq_len=4096", "loop.steps=2", "loop.batch_rows=64"]
+    return config.load(PretrainConfig, [*given, "model.preset=qwen2.5-7b", "parallel.auto=true", *further])
+
+
+def test_auto_is_written_out() -> None:
+    shape = preset("qwen2.5-7b")
+    settled = settle(recipe(), shape, 8, 80 * GIB)
+    assert (settled.parallel.shard, settled.parallel.auto) == (8, False)
+    assert settled.loop.micro_batch_rows is not None
+    assert settled.loop.remat != "auto"
+    kept = settle(recipe("loop.micro_batch_rows=1", "loop.remat=mlp"), shape, 8, 80 * GIB)
+    assert (kept.loop.micro_batch_rows, kept.loop.remat) == (1, "mlp")
+    assert settle(recipe(), shape, 2, None).parallel.shard == -1
+    with pytest.raises(ValueError, match="does not fit on 1 GPU"):
+        settle(recipe(), shape, 1, 80 * GIB)
+
+
+def test_remat_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """auto: by the plan where the device's memory is known, the usual on a CPU; what is given stays."""
+    shape, cpu = preset("qwen2.5-0.5b"), torch.device("cpu")
+    given = recipe("model.preset=qwen2.5-0.5b", "loop.batch_rows=16")
+    assert [pick_remat(given, shape, Layout(), cpu, compiled) for compiled in (True, False)] == ["elementwise", "none"]
+    assert pick_remat(recipe("loop.remat=full"), shape, Layout(), cpu, True) == "full"
+    for size, kind in ((141, "elementwise"), (40, "mlp"), (17, "full")):
+        monkeypatch.setattr(layouts, "device_memory", lambda device, size=size: size * GIB)
+        assert pick_remat(given, shape, Layout(), cpu, True) == kind
+
+
+def test_a_job_on_the_cpu_takes_auto(pretrain_arguments: Callable[..., list[str]], tmp_path: Path) -> None:
+    from qwench.train.pretrain import pretrain
+
+    loaded = config.load(PretrainConfig, pretrain_arguments(tmp_path / "run", "parallel.auto=true", "loop.steps=2"))
+    assert pretrain(loaded).steps == 2
+    further = ("loop.batch_rows=6", "loop.batch_warmup={start_rows=3, tokens=500}", "gpus=2")
+    wrong = config.load(PretrainConfig, pretrain_arguments(tmp_path / "no", *further))
+    with pytest.raises(ValueError, match="start_rows is 3, which does not divide over 2"):
+        run_stage(print, wrong, lambda given: given.model.config)  # pyright: ignore[reportArgumentType]
+
+
+def test_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "pretrain-qwen2.5-7b", "gpus=8", "--gpu-memory", "80"]) == 0
+    out = capsys.readouterr().out
+    for said in ("4,194,304", "shard 8", "optimizer", "elementwise", "usable", "44.89 GFLOP"):
+        assert said in out
+    fixed = ["parallel.auto=false", "loop.remat=none", "loop.micro_batch_rows=128"]
+    assert cli.main(["plan", "pretrain-qwen2.5-7b", "gpus=8", "--gpu-memory", "80", *fixed]) == 1
+    assert "does not fit" in capsys.readouterr().out
+    assert cli.main(["plan", "pretrain-qwen2.5-72b", "--gpu-memory", "80"]) == 2
+    assert "take more GPUs" in capsys.readouterr().err
