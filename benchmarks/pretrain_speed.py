@@ -85,7 +85,6 @@ class TimedRun(Run):
         self.watched = watched
         self.records: list[dict[str, Any]] = []
         self.times: list[float] = []
-        self.waits: list[str] = []
         self.facts: dict[str, Any] = {}
 
     def write_provenance(self, **extra: Any) -> None:
@@ -235,12 +234,13 @@ def measure(
     }
     if device.type == "cuda":
         figures["share_of_sustained"] = round(tokens_per_s * flops / SUSTAINED_FLOPS, 4)
-        figures["peak_gib"] = round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
+        # Of the records: each begins torch's own peak anew.
+        figures["peak_gib"] = round(max(record["peak_memory_gib"] for record in run.records), 2)
         figures["reserved_gib"] = round(torch.cuda.max_memory_reserved(device) / 2**30, 2)
-        waits = [str(warning.message) for warning in caught if "synchroniz" in str(warning.message)]
+        # Not torch's warning that the mode is a prototype, which also speaks of synchronizing operations.
+        waits = [warning for warning in caught if "called a synchronizing" in str(warning.message)]
         figures["syncs"] = round(len(waits) / WATCHED_STEPS, 2)
-        places = {f"{Path(w.filename).name}:{w.lineno}" for w in caught if "synchroniz" in str(w.message)}
-        figures["sync_places"] = sorted(places)
+        figures["sync_places"] = sorted({f"{Path(wait.filename).name}:{wait.lineno}" for wait in waits})
     return figures
 
 

@@ -78,9 +78,30 @@ def engine_rows() -> list[str]:
     return lines
 
 
+def training_rows() -> list[str]:
+    """Pretraining steps on one GPU beside peers: tokens/s, share of the datasheet's rate, memory taken."""
+    peers = figures("pretrain_peers_h200")
+    runs = {shape: figures(f"pretrain_{shape}")["variants"] for shape in SHAPES}
+    rows = {shape: figures(f"pretrain_{shape}")["batch_rows"] for shape in SHAPES}
+    heads = " | ".join(f"{shape.upper()}, {rows[shape]} rows" for shape in SHAPES)
+    lines = ["", f"| one H200, rows of 4,096 tokens: tokens/s, MFU, GiB | {heads} |", "|---|---|---|---|"]
+    for label, wanted in (("qwench, bf16", False), ("qwench, FP8 products", True)):
+        cells = []
+        for shape in SHAPES:
+            found = [run for name, run in runs[shape].items() if ("fp8" in name) == wanted and "tokens_per_s" in run]
+            best = max(found, key=lambda run: run["tokens_per_s"], default=None)
+            speed = "-" if best is None else f"{best['tokens_per_s']:,.0f}, {best['mfu']:.1%}, {best['reserved_gib']:.0f}"
+            cells.append(speed)
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    for name in ("torchtitan", "transformers + liger"):
+        cells = ["{:,.0f}, {:.0f} GiB".format(*peers[shape][name]) if shape in peers else "-" for shape in SHAPES]
+        lines.append(f"| {name}, bf16 | {' | '.join(cells)} |")
+    return lines
+
+
 def main() -> None:
     text = README.read_text(encoding="utf-8")
-    table = "\n".join(["<!-- benchmarks -->", *rows(), *engine_rows(), "<!-- /benchmarks -->"])
+    table = "\n".join(["<!-- benchmarks -->", *rows(), *engine_rows(), *training_rows(), "<!-- /benchmarks -->"])
     found, count = re.subn(r"<!-- benchmarks -->.*?<!-- /benchmarks -->", lambda _: table, text, flags=re.DOTALL)
     assert count == 1, "README.md needs one pair of benchmark markers"
     README.write_text(found, encoding="utf-8")

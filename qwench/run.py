@@ -42,6 +42,7 @@ NOT_THE_RECIPE = (
     "resume",
     "gpus",
     "parallel",
+    "verify_shards",
     "follow",
     "checkpoint.verify",
     "guard.hang_seconds",
@@ -67,7 +68,7 @@ class Run:
         (path / "logs").mkdir(parents=True, exist_ok=True)
         self._lock = _lock(path)
         try:
-            self._check_recipe(recipe, resume)
+            refuse_other_run(path, recipe, resume)
             write_atomically(path / "config.toml", config.dump(recipe))
             _cut_half_line(path / "metrics.jsonl")
         except BaseException:
@@ -80,23 +81,6 @@ class Run:
         self._metrics = (path / "metrics.jsonl").open("a", encoding="utf-8")
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
         """Get every record as it is written; they return at once and raise nothing."""
-
-    def _check_recipe(self, recipe: Any, resume: Resume) -> None:
-        recorded, metrics = self.path / "config.toml", self.path / "metrics.jsonl"
-        begun = (metrics.exists() and metrics.stat().st_size) or any(self.path.glob("checkpoints/*"))
-        if not recorded.exists() or not begun:
-            return
-        if resume == "never":
-            raise ValueError(f"{self.path} already holds a run; give another out=... or resume=auto")
-        old, new = config.read_toml(recorded), config.to_dict(recipe)
-        changed = sorted(
-            key for key in set(_differences(old, new)) if not any(f"{key}.".startswith(f"{n}.") for n in NOT_THE_RECIPE)
-        )
-        if changed and resume == "auto":
-            raise ValueError(
-                f"{self.path} holds a run of another recipe (different: {', '.join(changed)}); "
-                "give another out=..., or resume=force to continue it with the new values"
-            )
 
     def record(self, **values: Any) -> None:
         """Append one line to metrics.jsonl; it reaches the file at once. Numbers that JSON lacks (NaN) become null."""
@@ -130,6 +114,25 @@ class Run:
         if error is not None and not isinstance(error, KeyboardInterrupt):
             log.error("the run stopped", exc_info=error)
         self.close()
+
+
+def refuse_other_run(path: Path, recipe: Any, resume: Resume) -> None:
+    """Raise ValueError if `path` holds a run that `recipe` must not continue; see `Run`. Nothing is written."""
+    recorded, metrics = path / "config.toml", path / "metrics.jsonl"
+    begun = (metrics.exists() and metrics.stat().st_size) or any(path.glob("checkpoints/*"))
+    if not recorded.exists() or not begun:
+        return
+    if resume == "never":
+        raise ValueError(f"{path} already holds a run; give another out=... or resume=auto")
+    old, new = config.read_toml(recorded), config.to_dict(recipe)
+    changed = sorted(
+        key for key in set(_differences(old, new)) if not any(f"{key}.".startswith(f"{n}.") for n in NOT_THE_RECIPE)
+    )
+    if changed and resume == "auto":
+        raise ValueError(
+            f"{path} holds a run of another recipe (different: {', '.join(changed)}); "
+            "give another out=..., or resume=force to continue it with the new values"
+        )
 
 
 def _finite(value: Any) -> Any:

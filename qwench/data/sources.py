@@ -83,10 +83,10 @@ class JoinedShards:
             starts[here] = begin + self._token_starts[source]
         return starts, lengths
 
-    def verify(self) -> None:
+    def verify(self, share: int = 0, shares: int = 1) -> None:
         """`TokenShards.verify` of all."""
         for member in self.members:
-            member.verify()
+            member.verify(share, shares)
 
 
 def names_of(directories: Sequence[Path]) -> list[str]:

@@ -14,16 +14,20 @@ key `ops.attention=reference` does for a whole run.
 from __future__ import annotations
 
 import contextlib
+import contextvars
+import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 log = logging.getLogger("qwench.ops")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _NOTHING: Mapping[str, str] = MappingProxyType({})
 _INVARIANT: ContextVar[bool] = ContextVar("batch_invariant", default=False)
@@ -86,6 +90,14 @@ def forced(choices: Mapping[str, str]) -> Iterator[None]:
         yield
     finally:
         _FORCED.reset(token)
+
+
+def bound(function: Callable[P, R]) -> Callable[P, R]:
+    """`function` with the choices that are forced now, whenever and in whatever thread it is called.
+
+    A thread begins without forced choices, also autograd's, in which everything of a GPU's backward pass runs.
+    """
+    return functools.partial(contextvars.copy_context().run, function)
 
 
 @contextlib.contextmanager

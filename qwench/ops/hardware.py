@@ -7,8 +7,16 @@ import time
 
 import torch
 
-DATASHEET_BF16_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
-"""Dense bf16 rate by a part of the device's name, from the vendor's datasheets."""
+DATASHEET_BF16_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+}
+"""Dense bf16 rate by a part of the device's name, the first that it has, from the vendor's datasheets."""
 
 
 def pick_device(name: str = "auto") -> torch.device:

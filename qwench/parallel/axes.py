@@ -21,11 +21,11 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from qwench.model.decoder import MLP, Attention, CausalLM, Linear, RMSNorm
 from qwench.ops.norm import rms_norm
 from qwench.ops.swiglu import swiglu as swiglu_op
+from qwench.parallel.blocks import local_part
 from qwench.parallel.plan import TRAINING_PLAN, check, shard, split_of
 from qwench.parallel.sequence import TokenGroup, gather_linear, linear_scatter
 from qwench.parallel.vocabulary import VocabularyEmbedding, VocabularyHead
@@ -111,17 +111,13 @@ def sum_gradients(
     """
     named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
     if tensor is not None and tensor.size() > 1:
-        _sum([_local(grad) for name, grad in named if split_of(name, TRAINING_PLAN).axis is None], tensor)
+        _sum([local_part(grad) for name, grad in named if split_of(name, TRAINING_PLAN).axis is None], tensor)
     if context is not None and context.size() > 1:
-        _sum([_local(grad) for _, grad in named], context)
+        _sum([local_part(grad) for _, grad in named], context)
 
 
 SMALL = 1 << 20
 """Elements below which gradients are summed together, as one tensor."""
-
-
-def _local(grad: Tensor) -> Tensor:
-    return grad.to_local() if isinstance(grad, DTensor) else grad
 
 
 def _sum(grads: Sequence[Tensor], group: dist.ProcessGroup) -> None:

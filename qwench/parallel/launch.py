@@ -164,7 +164,7 @@ def connected(device: torch.device, timeout_s: float = MEETING_LIMIT_S) -> Itera
     if kept:
         known = {"store": meet(place.rank, place.world, timeout_s), "rank": place.rank, "world_size": place.world}
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        "nccl" if on_gpu else "gloo",  # what hosts exchange has groups of its own (`Team`)
         timeout=timedelta(seconds=timeout_s),
         device_id=device if on_gpu else None,
         **known,

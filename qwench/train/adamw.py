@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from qwench.ops.triton_launch import runs_triton
+from qwench.parallel.blocks import local_part
 from qwench.train.config import LARGEST_HALF_BETA
 
 
@@ -56,7 +57,7 @@ class AdamWHalfStates(torch.optim.Optimizer):
                 state = self._state(parameter)
                 state["step"] += 1
                 four = parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"]
-                p, grad, mean, square = (_local(x).view(-1) for x in four)
+                p, grad, mean, square = (local_part(x).view(-1) for x in four)
                 tensors.append((p, grad, mean, square))
                 numbers.append(_numbers(group, float(state["step"])))
             beta1, beta2 = group["betas"]
@@ -77,11 +78,6 @@ class AdamWHalfStates(torch.optim.Optimizer):
         elif state["step"].is_cuda:  # loaded with the others; read on the host in every step
             state["step"] = state["step"].cpu()
         return state
-
-
-def _local(x: Tensor) -> Tensor:
-    """This rank's part of a DTensor."""
-    return x.to_local() if hasattr(x, "to_local") else x  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _numbers(group: dict[str, Any], step: float) -> tuple[float, float, float]:

@@ -3,10 +3,11 @@
     compile_blocks(model, remat="none")        # after the parallel plan, before fully_shard
 
 Every block becomes one graph without breaks, and as all blocks run the same code, it is compiled once for all of them.
-Norm, SwiGLU, rotation, residual sums and the casts of fp32 master weights are traced from their references and fused;
-products go to the vendor's library and attention is one opaque operation (`ops.attention_train`), so that neither the
-number nor the lengths of a batch's sequences matter to the graph. The number of tokens does: with `dynamic=False` each
-one is compiled. The output layer and its loss stay outside.
+Norm, residual sums and the casts of fp32 master weights are traced from their references and fused, on a CPU SwiGLU and
+rotation too; on a GPU these two are opaque operations (`ops.elementwise_train`). Products go to the vendor's library
+and attention is one opaque operation (`ops.attention_train`), so that neither the number nor the lengths of a batch's
+sequences matter to the graph. The number of tokens does: with `dynamic=False` each one is compiled. The output layer
+and its loss stay outside.
 
 Blocks with a cache (generation) run uncompiled. The exchanges of tensor and context parallelism are traced like the
 rest.
@@ -51,7 +52,7 @@ from qwench.ops.triton_launch import runs_triton
 
 Remat = Literal["none", "elementwise", "mlp", "attention", "full"]
 IN_BLOCKS = ("attention", "linear", "rms_norm", "rope", "rope_and_store", "swiglu")
-"""Operations of a block, which compiled code traces from their references."""
+"""Operations of a block; compiled code takes their `when_compiled` or traces their references."""
 
 Forward = Callable[[Tensor, Rope, AttnMeta, KVCache | None], Tensor]
 
@@ -95,10 +96,11 @@ def _either(
 
 
 def refused_choices() -> dict[str, str]:
-    """The forced implementations that compiled blocks cannot take: they trace references, attention is their own."""
+    """The forced implementations that compiled blocks cannot take: some operations are their own, of others they trace
+    the reference."""
     forced = dispatch.forced_choices()
-    wrong = {name: forced[name] for name in IN_BLOCKS if forced.get(name, "reference") != "reference"}
-    return wrong | {name: choice for name, choice in forced.items() if name == "attention"}
+    own = {name for name in IN_BLOCKS if dispatch.OPERATIONS[name].when_compiled is not None}
+    return {name: forced[name] for name in IN_BLOCKS if name in forced and (name in own or forced[name] != "reference")}
 
 
 def _as_stream(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
@@ -141,6 +143,8 @@ def _checkpointed(
 ) -> Tensor:
     if cache is not None or not torch.is_grad_enabled():
         return forward(x_TD, rope, meta, cache)
+    if not torch.compiler.is_compiling():
+        forward = dispatch.bound(forward)
     further: dict[str, Any] = {} if keep is None else {"context_fn": keep}
     # Nothing in a block draws random numbers.
     out = checkpoint(forward, x_TD, rope, meta, None, use_reentrant=False, preserve_rng_state=False, **further)

@@ -116,8 +116,8 @@ class GuardConfig:
     hang_seconds_long: float = 3600.0
     """The same for what may take long: the first step, which compiles, loading, checkpoints and the export."""
     max_restarts: int | None = None
-    """Times in a row that a job whose processes died or hung is started again without a new checkpoint in between. Unset
-    means 3 with several processes, and 0 with one, which then runs in the process of the command."""
+    """Times in a row that a job whose processes died or hung is started again without a new checkpoint in between.
+    Unset means 3 with several processes, and 0 with one, which then runs in the process of the command."""
 
     def __post_init__(self) -> None:
         _require_positive(self, "window_steps", "max_consecutive")
@@ -162,8 +162,8 @@ class LoopConfig:
     micro_batch_rows: int | None = None
     """Rows of one forward and backward pass of a rank; unset means all that it has, at once."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Compile the blocks. auto: on with a GPU, unless [ops] forces what compiled blocks cannot take; off on a CPU, where
-    it needs a C++ compiler."""
+    """Compile the blocks. auto: on with a GPU, unless [ops] forces what compiled blocks cannot take; off on a CPU,
+    where it needs a C++ compiler."""
     remat: Literal["auto", "none", "elementwise", "mlp", "attention", "full"] = "auto"
     """What the backward pass computes a second time instead of keeping it, from nothing to everything (the table in
     docs/training.md). auto: on a GPU the least that fits into its memory by the memory plan; on a CPU elementwise in
@@ -199,8 +199,9 @@ class LoopConfig:
                 f"{self.batch_warmup.start_rows}; change one of them"
             )
         _require_positive(self, "steps", "epochs", "batch_rows", "micro_batch_rows", "eval_rows", "log_every")
-        if self.profile_step < 0:
-            raise ValueError(f"profile_step is {self.profile_step}; give 0 (off) or the number of a step")
+        if self.profile_step < 0 or (self.steps is not None and self.profile_step > self.steps):
+            last = f" up to {self.steps}" if self.steps is not None else ""
+            raise ValueError(f"profile_step is {self.profile_step}; give 0 (off) or the number of a step{last}")
         if self.eval_every < 0:
             raise ValueError(f"eval_every is {self.eval_every}; give 0 (only at the end) or a positive number")
         if not 0 <= self.z_loss < math.inf:
@@ -251,7 +252,8 @@ class FollowConfig:
     tensorboard: bool = False
     """Event files in RUN/tensorboard."""
     wandb_project: str | None = None
-    """Project at Weights & Biases; without a key (WANDB_API_KEY, wandb login) the run is kept offline for `wandb sync`."""
+    """Project at Weights & Biases; without a key (WANDB_API_KEY, wandb login) the run is kept offline, for `wandb sync`
+    later."""
     trackio_project: str | None = None
     """Project of trackio, which keeps its tables on this machine (`trackio show`)."""
     name: str | None = None
@@ -314,6 +316,8 @@ class PretrainConfig:
     """Directory of token shards, or a list of several: each is a source whose loss is recorded by itself."""
     val_shards: Path | None = None
     """Shards for validation."""
+    verify_shards: bool = True
+    """Read all shards before anything is started, and compare them with the checksums of their manifests."""
     seq_len: int = 2048
     """Tokens of a packed row [Qwen TR 2.4]."""
     attend_across: bool = False

@@ -10,16 +10,18 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
+from qwench.model.checkpoint import open_checkpoint, read_config
 from qwench.model.config import ModelConfig
+from qwench.model.names import pieces
 from qwench.ops.hardware import pick_device
 from qwench.parallel.launch import attempt, connected, job_size, local_device, place_in_environment, run_job
 from qwench.parallel.layout import Layout, Team, check_model, plan_layout
 from qwench.parallel.restart import Restarts, living_gpus
 from qwench.parallel.schedule import bubble_share, check_schedule
 from qwench.parallel.stages import deal_layers
-from qwench.run import Resume, Run, console
+from qwench.run import Resume, Run, console, refuse_other_run
 from qwench.train.checkpoint import Checkpoints
-from qwench.train.config import GuardConfig, LoopConfig, OptimConfig, ParallelConfig
+from qwench.train.config import GuardConfig, LoopConfig, OptimConfig, ParallelConfig, StartConfig
 from qwench.train.layouts import settle, smallest_gpu
 
 log = logging.getLogger("qwench.train")
@@ -32,6 +34,8 @@ class Recipe(Protocol):
     def out(self) -> Path: ...
     @property
     def resume(self) -> Resume: ...
+    @property
+    def model(self) -> StartConfig: ...
     @property
     def seq_len(self) -> int: ...
     @property
@@ -50,19 +54,29 @@ R = TypeVar("R", bound=Recipe)
 T = TypeVar("T")
 
 
-def run_stage(stage: Callable[[R, Team], T], recipe: R, model_config: Callable[[R], ModelConfig]) -> T:
+def run_stage(
+    stage: Callable[[R, Team], T],
+    recipe: R,
+    model_config: Callable[[R], ModelConfig],
+    *,
+    check_data: Callable[[R], None] = lambda recipe: None,
+) -> T:
     """`stage(recipe, team)` on every rank of the recipe's layout; rank 0's result.
 
     Raises ValueError, before anything is started and any GPU is touched, for a layout that does not fit the model, the
-    rows or this machine. `stage` is a function of a module, since other processes import it.
+    rows or this machine, for a run directory of another recipe or model, and where `check_data` does. `stage` is a
+    function of a module, since other processes import it.
     """
     device = recipe.loop.device
     world = job_size(recipe.gpus, device != "cpu")
     if world > 1 and device not in ("auto", "cpu", "cuda"):
         raise ValueError(f"loop.device={device} names one device, but there are {world} processes; leave it out")
+    arguments = _arguments(stage, recipe, model_config, world)
+    check_checkpoints(recipe, model_config(recipe))
+    check_data(recipe)
     return run_job(
         _rank,
-        _arguments(stage, recipe, model_config, world),
+        arguments,
         gpus=recipe.gpus,
         on_gpu=device != "cpu",
         logs=recipe.out / "logs",
@@ -107,6 +121,30 @@ def _restarts(stage: Callable[[R, Team], T], recipe: R, model_config: Callable[[
         arguments_for=arguments_for,
         living=living_gpus if recipe.loop.device != "cpu" and torch.cuda.device_count() else None,
     )
+
+
+def check_checkpoints(recipe: Recipe, config: ModelConfig) -> None:
+    """Raise ValueError for a checkpoint to start from whose weights are not those of its config, and for a run
+    directory that this recipe does not continue. Headers are read, no weights."""
+    if recipe.model.path is not None:
+        open_checkpoint(recipe.model.path).checked_table()
+    refuse_other_run(recipe.out, recipe, _resume(recipe))
+    checkpoints = Checkpoints(recipe.out / "checkpoints", 1, False)
+    for step in checkpoints.steps()[-1:]:
+        directory = checkpoints.path(step) / "model"
+        try:
+            stored = pieces(read_config(directory), "hf")
+        except (ValueError, OSError):  # damaged; loading goes back to the one before and says so
+            return
+        if stored != pieces(config, "hf"):
+            raise ValueError(
+                f"{directory} is a checkpoint of another model; give another out=..., or that model's shape"
+            )
+
+
+def _resume(recipe: Recipe) -> Resume:
+    """What a restarted job finds in its directory is its own."""
+    return "auto" if recipe.resume == "never" and attempt() else recipe.resume
 
 
 def check_pipeline(recipe: R, layout: Layout, model_config: Callable[[R], ModelConfig]) -> None:
@@ -173,9 +211,7 @@ class Follower:
 def open_run(recipe: Recipe, stage: str, team: Team) -> Iterator[Run | Follower]:
     """The run directory: rank 0 holds and writes it. Raises ValueError on rank 0 if it is another run's."""
     if team.is_main:
-        # What a restarted job finds there is its own.
-        resume = "auto" if recipe.resume == "never" and attempt() else recipe.resume
-        with Run(recipe.out, recipe, stage, resume) as run:
+        with Run(recipe.out, recipe, stage, _resume(recipe)) as run:
             team.barrier()
             yield run
         return

@@ -32,6 +32,7 @@ from qwench.train.config import LoopConfig, OptimConfig, ParallelConfig
 from qwench.train.memory import (
     COMPILED_KINDS,
     GIB,
+    OTHER_KINDS,
     MemoryPlan,
     OptimizerKind,
     Workload,
@@ -82,13 +83,16 @@ def choose_layout(
     micro_batch_rows: int | None = None,
     remat: Remat | None = None,
     optimizer: OptimizerKind = "adamw",
+    itemsize: int = 2,
+    compiled: bool = True,
     host: int = HOST,
 ) -> Choice:
     """The layout of `world` GPUs with `memory` bytes each. What is given stays as it is; None is chosen.
 
-    Raises ValueError when nothing fits, with what the smallest layout needs.
+    `itemsize` and `compiled` as in `Workload`. A given `micro_batch_rows` need not divide a rank's rows: the last
+    micro-batch is filled up. Raises ValueError when nothing fits, with what the smallest layout needs.
     """
-    usable, kinds = usable_bytes(memory, world), COMPILED_KINDS
+    usable, kinds = usable_bytes(memory, world), COMPILED_KINDS if compiled else OTHER_KINDS
     if remat is not None:
         kinds = (remat,)
     found: list[tuple[float, int, Workload, int]] = []
@@ -98,20 +102,20 @@ def choose_layout(
             continue
         rows = batch_rows // layout.data
         sizes = [n for n in _divisors(rows) if n == 1 or n * seq_len // layout.context <= MOST_TOKENS]
-        sizes = [micro_batch_rows] if micro_batch_rows else sizes
+        sizes = [min(micro_batch_rows, rows)] if micro_batch_rows else sizes
         smallest = Workload(
-            config=config, tokens=min(sizes) * seq_len, layout=layout, micro_batches=rows // min(sizes),
-            remat=kinds[-1], accumulate="shards", optimizer=optimizer,
+            config=config, tokens=min(sizes) * seq_len, layout=layout, micro_batches=-(-rows // min(sizes)),
+            remat=kinds[-1], accumulate="shards", optimizer=optimizer, itemsize=itemsize, compiled=compiled,
         )  # fmt: skip
         needs = memory_plan(smallest).total
         least = min(least or needs, needs)
         if needs > usable:
             continue
         for size, kind, reshard, accumulate in itertools.product(sizes, kinds, (False, True), ACCUMULATE):
-            if rows % size or (layout.world == 1 and (not reshard or accumulate == "shards")):
+            if layout.world == 1 and (not reshard or accumulate == "shards"):
                 continue
             work = dataclasses.replace(
-                smallest, tokens=size * seq_len, micro_batches=rows // size, remat=kind,
+                smallest, tokens=size * seq_len, micro_batches=-(-rows // size), remat=kind,
                 reshard_after_forward=reshard, accumulate=accumulate,
             )  # fmt: skip
             found.append((step_cost(work, seq_len, host), len(found), work, size))
@@ -212,18 +216,25 @@ def optimizer_kind(optim: OptimConfig) -> OptimizerKind:
     return "adamw" if optim.state_dtype == "fp32" else "adamw-bf16"
 
 
+def _itemsize(loop: LoopConfig) -> int:
+    """Bytes of an activation on a GPU."""
+    return 4 if loop.precision == "fp32" else 2
+
+
 def workload_of(recipe: Recipe, config: ModelConfig, layout: Layout) -> Workload:
     """What a recipe's step holds on a rank of a GPU job. `loop.remat = "auto"` counts as "elementwise"."""
     loop, parallel, reshard = recipe.loop, recipe.parallel, recipe.parallel.reshard_after_forward
     compiled = loop.compile != "off"
     rows = max(1, loop.batch_rows // layout.data)
-    size = min(rows, loop.micro_batch_rows or rows)
+    # A micro-batch is no larger than a rank's share of the first step.
+    first = loop.batch_rows if loop.batch_warmup is None else loop.batch_warmup.start_rows
+    size = min(max(1, first // layout.data), loop.micro_batch_rows or rows)
     return Workload(
         config=config,
         tokens=size * recipe.seq_len,
         layout=layout,
         micro_batches=-(-rows // size),
-        itemsize=4 if loop.precision == "fp32" else 2,
+        itemsize=_itemsize(loop),
         optimizer=optimizer_kind(recipe.optim),
         remat=loop.remat if loop.remat != "auto" else ("elementwise" if compiled else "none"),
         compiled=compiled,
@@ -249,7 +260,7 @@ def settle(recipe: R, config: ModelConfig, world: int, memory: int | None) -> R:
     choice = choose_layout(
         config, world, memory, seq_len=recipe.seq_len, batch_rows=rows,
         micro_batch_rows=loop.micro_batch_rows, remat=None if loop.remat == "auto" else loop.remat,
-        optimizer=optimizer_kind(recipe.optim),
+        optimizer=optimizer_kind(recipe.optim), itemsize=_itemsize(loop), compiled=loop.compile != "off",
     )  # fmt: skip
     sizes = {axis: getattr(choice.layout, axis) for axis in AXES}
     parallel = dataclasses.replace(

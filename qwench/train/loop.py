@@ -42,7 +42,7 @@ from qwench.parallel.pipeline import Pipeline
 from qwench.parallel.stages import StagedLM
 from qwench.run import Run, console, progress
 from qwench.tokenizer import Tokenizer
-from qwench.train.batch import Batch, make_batch, padding_row
+from qwench.train.batch import Batch, padding_row
 from qwench.train.checkpoint import Checkpoints, TrainState, export
 from qwench.train.compile import IN_BLOCKS, uncompiled
 from qwench.train.config import (
@@ -63,6 +63,7 @@ from qwench.train.optim import build_optimizer, clip_gradients, squared_gradient
 from qwench.train.prepare import Prepared, forced_operations
 from qwench.train.schedule import batch_growth, lr_ratio, num_steps
 from qwench.train.verify import verify_export
+from qwench.train.work import Work, WorkMaker
 
 log = logging.getLogger("qwench.train")
 
@@ -112,23 +113,6 @@ class TrainResult:
     skipped_steps: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Work:
-    """What a step has to compute."""
-
-    rows: list[PackedRow]
-    """Of this rank."""
-    micro_batches: list[Sequence[PackedRow]]
-    """The same, a forward and backward pass each; none if no token has a weight."""
-    first_batch: Batch | None
-    """The first of them on the device."""
-    weight: float
-    """Loss weight, tokens, sequences and the loss weight of each source on all ranks."""
-    num_tokens: int
-    num_seqs: int
-    source_weights: list[float]
-
-
 class Trainer:
     def __init__(
         self,
@@ -155,7 +139,8 @@ class Trainer:
         )
         self.total_steps = num_steps(self.cfg, source.num_rows, recipe.seq_len)
         rows = (self.growth(0) if self.growth else self.cfg.batch_rows) // parts
-        self.micro_rows = min(self.cfg.micro_batch_rows or rows, rows)
+        micro_rows = min(self.cfg.micro_batch_rows or rows, rows)
+        self.work_maker = WorkMaker(self.loader, prepared, self.team, micro_rows)
         self.optimizer = build_optimizer(self.model, recipe.optim)
         keep_whole, reshard = recipe.parallel.accumulate == "whole", bool(recipe.parallel.reshard_after_forward)
         self.passes: WholeModel | Pipeline = WholeModel(self.model, keep_whole=keep_whole)
@@ -173,7 +158,7 @@ class Trainer:
         )
         self.observers = Observers(recipe, run, self.team, self.device, self.dtype, self.model.config, self.total_steps)
         self.state = TrainState()
-        self._next: _Work | None = None
+        self._next: Work | None = None
         self._stop_signal: int | None = None
         self._stop = False
 
@@ -275,7 +260,7 @@ class Trainer:
     # ---------------------------------------------------------------------------------------------------------- steps
     def _step(self) -> dict[str, Any]:
         first_row = self.loader.rows_consumed
-        work, self._next = self._next or self._next_work(), None
+        work, self._next = self._next or self.work_maker.next_work(), None
         rows = next(self.loader)
         assert rows is work.rows
         self.state.step += 1
@@ -284,7 +269,7 @@ class Trainer:
         self.optimizer.zero_grad()
         sums = self._sums(self._gradients(work), bool(work.micro_batches))
         if self.state.step < self.total_steps:
-            self._next = self._next_work()
+            self._next = self.work_maker.next_work()
         stops, squares, loss, *further = sums.tolist()  # waits for the device
         self._stop = stops > 0
         grad_norm = math.sqrt(squares) if squares >= 0 else math.nan
@@ -316,50 +301,14 @@ class Trainer:
         self.prepared.refresh()
         return record
 
-    def _next_work(self) -> _Work:
-        """The step after the rows that were handed out; the position in the data stays."""
-        rows = self.loader.peek()
-        num_sources = len(self.loader.source.source_names)
-        mine = np.zeros(3 + num_sources)
-        if self.team.leads_data:
-            for row in rows:
-                mine[:3] += row.loss_weights.sum(dtype=np.float64), row.num_tokens, len(row.seq_lens)
-                if row.sources is not None:
-                    mine[3:] += np.bincount(row.sources, row.loss_weights, num_sources)
-        weight, num_tokens, num_seqs, *source_weights = self.team.total(mine.tolist())
-        micro_batches = list(self._micro_batches(rows)) if weight else []
-        return _Work(
-            rows=rows,
-            micro_batches=micro_batches,
-            first_batch=self._batch(micro_batches, 0, weight) if weight else None,
-            weight=weight,
-            num_tokens=int(num_tokens),
-            num_seqs=int(num_seqs),
-            source_weights=source_weights,
-        )
-
-    def _micro_batches(self, rows: Sequence[PackedRow]) -> Iterator[Sequence[PackedRow]]:
-        return (rows[start : start + self.micro_rows] for start in range(0, len(rows), self.micro_rows))
-
-    def _batch(self, parts: Sequence[Sequence[PackedRow]], number: int, total_weight: float = 1.0) -> Batch:
-        """One of several micro-batches, on its way to the device.
-
-        Where blocks are compiled for one number of tokens, the last rows are filled up, and in a pipeline all that are
-        shorter than the longest.
-        """
-        num_tokens = (self.prepared.row_tokens or 0) * self.micro_rows if self.prepared.compiled else 0
-        if self.team.layout.pipeline > 1:
-            num_tokens = max([num_tokens, *(sum(row.num_tokens for row in part) for part in parts)])
-        return make_batch(parts[number], self.device, self.team, total_weight=total_weight, num_tokens=num_tokens)
-
-    def _gradients(self, work: _Work) -> list[Tensor]:
+    def _gradients(self, work: Work) -> list[Tensor]:
         """Leaves the step's gradients behind. The shares of each micro-batch, on the last stage of a pipeline alone."""
         shares: list[Tensor] = []
 
         def batch_at(number: int) -> Batch:
             self.observers.alive()
             first = work.first_batch if number == 0 else None
-            return first or self._batch(work.micro_batches, number, work.weight)
+            return first or self.work_maker.batch(work.micro_batches, number, work.weight)
 
         def loss_of(batch: Batch) -> Tensor:
             loss, losses_T = self.loss_function(self.model, batch, self.cfg.z_loss)
@@ -370,7 +319,7 @@ class Trainer:
             self.passes.train(len(work.micro_batches), batch_at, loss_of)
         return shares
 
-    def _shares(self, work: _Work, batch: Batch, total: Tensor, losses_T: Tensor) -> Tensor:
+    def _shares(self, work: Work, batch: Batch, total: Tensor, losses_T: Tensor) -> Tensor:
         """A micro-batch's shares of the step's loss, z-loss (if there is one) and sources' losses."""
         weighted_T = losses_T * batch.loss_weights_T if self.cfg.z_loss or batch.sources_T is not None else None
         if weighted_T is None:
@@ -391,7 +340,7 @@ class Trainer:
             from qwench.parallel.axes import sum_gradients
 
             sum_gradients(self.model, tensor=self.team.group("tensor"))
-        sums[0] = self._stop_signal is not None
+        sums[0].fill_(self._stop_signal is not None)  # assigned, a number would make the host wait for the device
         if gradients:
             sums[1] = squared_gradient_norm(self.model, self.team)
         if shares and self.team.counts_tokens:
@@ -423,6 +372,7 @@ class Trainer:
         log.warning("step %d skipped: %s; %s, kept in %s", self.state.step, reason, where, path)
         console.print(f"[yellow]step {self.state.step} skipped[/]: {escape(f'{reason} ({where}, kept in {path})')}")
         if self.guard.exhausted:
+            self.checkpoints.wait()  # a rank that ends with an error does not wait for its threads
             raise ValueError(
                 f"{self.guard.consecutive} steps in a row were skipped, the last because {reason} ({where}); the run "
                 f"stopped at step {self.state.step}. Look at {directory}; to go on from the last checkpoint, run it "
@@ -453,11 +403,11 @@ class Trainer:
         rows = [self.val_source.row(0, index) for index in range(part, number, parts)]
         # Every rank makes the same number of passes, since a pass gathers weights.
         rows += [padding_row(1)] * (-(-number // parts) - len(rows))
-        micro_batches = list(self._micro_batches(rows))
+        micro_batches = self.work_maker.micro_batches(rows)
 
         def batch_at(number: int) -> Batch:
             self.observers.mark(self.state.step, "validation", is_long=number == 0)  # the first may compile
-            return self._batch(micro_batches, number)
+            return self.work_maker.batch(micro_batches, number)
 
         def loss_of(batch: Batch) -> Tensor:
             losses.append(self.loss_function(self.model, batch, 0.0)[0])

@@ -207,9 +207,6 @@ def _kept_per_layer(work: Workload) -> int:
     heads, kv_heads, d = config.num_attention_heads, config.num_key_value_heads, config.d_head
     if work.compiled:
         wide = kept_bytes_per_token(config, work.remat, s) // config.num_hidden_layers
-        if work.remat == "none":
-            # Values are a view of the product that made them, which keeps unrotated queries and keys in memory.
-            wide += s * (heads + kv_heads) * d + 8
     else:
         hidden, width = config.hidden_size, config.intermediate_size
         qkv = (heads + 2 * kv_heads) * d

@@ -3,7 +3,8 @@
     qwench plan pretrain-qwen2.5-7b gpus=8 --gpu-memory 80     # memory by part, tokens, operations, which remat fits
     qwench plan --table                                        # the layouts of all shipped recipes
 
-Formulas over shapes (`memory.py`, `layouts.py`): no weights, no GPU, no shards are touched.
+Formulas over shapes (`memory.py`, `layouts.py`): no weights, no GPU, no shards are touched. Of a shape that leaves its
+rows to the tokenizer, that is read where the recipe names one that is there.
 """
 
 from __future__ import annotations
@@ -23,14 +24,16 @@ from qwench.model.flops import num_parameters, training_flops_per_token
 from qwench.model.presets import preset
 from qwench.parallel.layout import Layout, check_model, plan_layout
 from qwench.parallel.schedule import bubble_share
+from qwench.tokenizer import Tokenizer
 from qwench.train.compile import Remat, repeated_flops_per_token
 from qwench.train.config import PretrainConfig, StartConfig
 from qwench.train.job import sizes_of
 from qwench.train.layouts import choose_layout, optimizer_kind, settle, smallest_gpu, workload_of
-from qwench.train.memory import GIB, Workload, memory_plan, reserve_bytes, usable_bytes
+from qwench.train.memory import GIB, Workload, choose_remat, memory_plan, reserve_bytes, usable_bytes
+from qwench.train.start import model_config
 
-UNKNOWN = ["out=plan", "tokenizer=plan", "train_shards=plan"]
-"""Stand-ins for what a recipe leaves to the user; the plan does not read them."""
+UNKNOWN = ["out=unknown", "tokenizer=not-known-yet", "train_shards=unknown"]
+"""Stand-ins for what a recipe leaves to the user."""
 GPUS = (1, 8, 64)
 MEMORIES = {"80 GB": 81_559 / 1024, "141 GB": 143_771 / 1024}
 """GiB that an H100 and an H200 say they have."""
@@ -55,6 +58,10 @@ def main(argv: list[str]) -> int:
     if memory is None:
         raise ValueError("this machine has no GPU; say which memory to plan for: --gpu-memory 80")
     recipe = config.load(PretrainConfig, [*UNKNOWN, *arguments.recipe])
+    if recipe.gpus < 1:
+        raise ValueError(f"gpus is {recipe.gpus}; give 1 or more")
+    if recipe.tokenizer.exists():
+        return show(recipe, model_config(recipe.model, Tokenizer.load(recipe.tokenizer)), memory)
     return show(recipe, planned_config(recipe.model), memory)
 
 
@@ -72,8 +79,10 @@ def show(recipe: PretrainConfig, shape: ModelConfig, memory: int) -> int:
     recipe = settle(recipe, shape, recipe.gpus, memory)
     layout = plan_layout(recipe.gpus, **sizes_of(recipe.parallel))
     check_model(layout, shape, seq_len=recipe.seq_len, batch_rows=recipe.loop.batch_rows)
-    work = workload_of(recipe, shape, layout)
-    plan, usable = memory_plan(work), usable_bytes(memory, recipe.gpus)
+    work, usable = workload_of(recipe, shape, layout), usable_bytes(memory, recipe.gpus)
+    if recipe.loop.remat == "auto":
+        work = dataclasses.replace(work, remat=choose_remat(work, usable))
+    plan = memory_plan(work)
     out = Console(markup=False)
     out.print(_table("the run", _facts(recipe, shape, work)))
     parts = {name.replace("_", " "): f"{size / GIB:.2f}" for name, size in plan.parts().items() if size}
@@ -97,7 +106,7 @@ def _facts(recipe: PretrainConfig, shape: ModelConfig, work: Workload) -> dict[s
     flops = training_flops_per_token(shape, recipe.seq_len)
     again = repeated_flops_per_token(shape, work.remat, recipe.seq_len) / flops
     facts = {
-        "parameters": f"{num_parameters(shape) / 1e9:.2f} billion",
+        "parameters": f"{num_parameters(shape) / 1e9:.3g} billion, with {shape.vocab_size:,} rows of the vocabulary",
         "layout": str(layout),
         "tokens a step": f"{tokens:,} ({loop.batch_rows} rows of {recipe.seq_len:,})",
         "at once on a GPU": f"{work.tokens // layout.context:,} tokens, {work.micro_batches} times a step",

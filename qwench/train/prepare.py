@@ -147,7 +147,8 @@ def run_precision(cfg: LoopConfig, team: Team, run: Path) -> torch.dtype:
     checkpoints = Checkpoints(run / "checkpoints", 1, False)
     if team.is_main and cfg.precision == "auto":
         for step in reversed(checkpoints.steps()):
-            with suppress(ValueError, OSError):  # damaged; loading goes back to the one before and says so
+            # Whatever damage raises here: loading goes back to the checkpoint before and says so.
+            with suppress(ValueError, OSError, KeyError, TypeError, AttributeError):
                 dtype = getattr(torch, checkpoints.read_state(step).precision)
                 break
     dtype = team.agree(dtype)

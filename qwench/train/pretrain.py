@@ -8,6 +8,7 @@ from qwench import config
 from qwench.data.packing import PretrainDataset
 from qwench.data.shards import TokenShards
 from qwench.data.sources import JoinedShards
+from qwench.parallel.launch import place_in_environment
 from qwench.parallel.layout import Team
 from qwench.tokenizer import Tokenizer
 from qwench.train.command import parse_recipe, report
@@ -23,18 +24,36 @@ def pretrain(recipe: PretrainConfig) -> TrainResult:
 
     With recipe.gpus > 1 the work is done by that many processes, which import the caller's main module.
     """
-    return run_stage(_train, recipe, lambda recipe: model_config(recipe.model, Tokenizer.load(recipe.tokenizer)))
+    return run_stage(
+        _train,
+        recipe,
+        lambda recipe: model_config(recipe.model, Tokenizer.load(recipe.tokenizer)),
+        check_data=_check_shards,
+    )
+
+
+def _datasets(recipe: PretrainConfig, tokenizer: Tokenizer) -> tuple[PretrainDataset, PretrainDataset | None]:
+    """For training and for validation."""
+    train_shards = (recipe.train_shards,) if isinstance(recipe.train_shards, Path) else recipe.train_shards
+    shards = JoinedShards.open(train_shards, tokenizer.fingerprint)
+    source = PretrainDataset(shards, recipe.seq_len, recipe.loop.seed, attend_across=recipe.attend_across)
+    if recipe.val_shards is None:
+        return source, None
+    val_shards = TokenShards.open(recipe.val_shards, tokenizer.fingerprint)
+    return source, PretrainDataset(val_shards, recipe.seq_len, 0, attend_across=recipe.attend_across)
+
+
+def _check_shards(recipe: PretrainConfig) -> None:
+    """Raise ValueError for shards that are missing, too short, another tokenizer's or damaged."""
+    place = place_in_environment()
+    for dataset in _datasets(recipe, Tokenizer.load(recipe.tokenizer)):
+        if dataset is not None and recipe.verify_shards:
+            dataset.shards.verify(place.rank, place.world)
 
 
 def _train(recipe: PretrainConfig, team: Team) -> TrainResult:
     tokenizer = Tokenizer.load(recipe.tokenizer)
-    train_shards = (recipe.train_shards,) if isinstance(recipe.train_shards, Path) else recipe.train_shards
-    shards = JoinedShards.open(train_shards, tokenizer.fingerprint)
-    source = PretrainDataset(shards, recipe.seq_len, recipe.loop.seed, attend_across=recipe.attend_across)
-    val_source = None
-    if recipe.val_shards is not None:
-        val_shards = TokenShards.open(recipe.val_shards, tokenizer.fingerprint)
-        val_source = PretrainDataset(val_shards, recipe.seq_len, 0, attend_across=recipe.attend_across)
+    source, val_source = _datasets(recipe, tokenizer)
     prepared = prepare_model(recipe, recipe.model, tokenizer, team, row_tokens=recipe.seq_len)
     with open_run(recipe, "pretrain", team) as run:
         return Trainer(recipe, run, prepared, tokenizer, source, val_source, team=team).train()

@@ -14,6 +14,7 @@ from qwench.model.decoder import CausalLM
 from qwench.model.init import init_parameter, init_weights
 from qwench.model.load import load_model
 from qwench.model.presets import preset
+from qwench.parallel.axes import apply_tensor
 from qwench.parallel.blocks import cut, whole_shapes
 from qwench.parallel.data import apply_data_parallel
 from qwench.parallel.layout import Team
@@ -96,23 +97,24 @@ def build_sharded(
     model = hand_to_axes(model, team, virtual_stages)
     before_sharding(model)
     shapes = whole_shapes(model)
-    filled: dict[nn.Parameter, nn.Parameter] = {}
 
-    def fill(name: str, empty: nn.Parameter) -> nn.Parameter:
-        if empty not in filled:  # tied weights come twice
-            whole = torch.empty(shapes[name], dtype=torch.float32, device=team.device)
-            if read is not None:
-                read(name, 0, whole)
-            else:
-                init_parameter(name, whole, config, seed, start.scale_residual)
-            filled[empty] = nn.Parameter(cut(name, whole, config, team))
-        return filled[empty]
+    def filled(name: str) -> nn.Parameter:
+        whole = torch.empty(shapes[name], dtype=torch.float32, device=team.device)
+        if read is not None:
+            read(name, 0, whole)
+        else:
+            init_parameter(name, whole, config, seed, start.scale_residual)
+        return nn.Parameter(cut(name, whole, config, team))
 
     def fill_unit(unit: nn.Module, prefix: str) -> None:
+        # Tied weights come twice, in one unit. What is kept longer than the unit is never freed by FSDP.
+        once: dict[nn.Parameter, nn.Parameter] = {}
         for path, module in unit.named_modules():
             for key, parameter in module.named_parameters(recurse=False):
                 if parameter.is_meta:
-                    setattr(module, key, fill(prefix + (f"{path}.{key}" if path else key), parameter))
+                    if parameter not in once:
+                        once[parameter] = filled(prefix + (f"{path}.{key}" if path else key))
+                    setattr(module, key, once[parameter])
 
     apply_data_parallel(model, team, compute_dtype, reshard_after_forward=reshard_after_forward, before_unit=fill_unit)
     return model
@@ -125,8 +127,6 @@ def hand_to_axes(model: CausalLM, team: Team, virtual_stages: int = 1) -> Causal
     (`batch.py`).
     """
     if team.layout.tensor > 1:
-        from qwench.parallel.axes import apply_tensor  # DTensor's import takes a second, which one process saves
-
         apply_tensor(model, team.group("tensor"))
     num_ranks = team.layout.pipeline
     if num_ranks > 1:

@@ -263,6 +263,7 @@ def main(argv: list[str]) -> int:
         "overrides", nargs="*", help="tensorboard=true, wandb_project=NAME, trackio_project=NAME, name=NAME"
     )
     args = parser.parse_args(argv)
+    logging.getLogger("qwench").addHandler(logging.NullHandler())  # a tracker that fails says so itself, in one line
     if not (args.run / "metrics.jsonl").is_file():
         raise ValueError(f"{args.run} has no metrics.jsonl; give the directory of a run (out=... of its recipe)")
     table: dict[str, Any] = {}

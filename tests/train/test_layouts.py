@@ -10,12 +10,13 @@ import torch
 
 from qwench import cli, config
 from qwench.model.presets import preset
-from qwench.parallel.layout import Layout, check_model
+from qwench.parallel.layout import Layout, check_model, plan_layout
+from qwench.tokenizer import Tokenizer
 from qwench.train import layouts
 from qwench.train.config import PretrainConfig
-from qwench.train.job import run_stage
-from qwench.train.layouts import choose_layout, pick_remat, settle, step_cost
-from qwench.train.memory import GIB, Workload, usable_bytes
+from qwench.train.job import run_stage, sizes_of
+from qwench.train.layouts import choose_layout, pick_remat, settle, step_cost, workload_of
+from qwench.train.memory import GIB, Workload, memory_plan, usable_bytes
 
 STEP = {"seq_len": 4096, "batch_rows": 1024}
 
@@ -43,6 +44,9 @@ def test_simple_layouts_win_while_they_fit() -> None:
     assert long.layout.context > 1, "a row of 32,768 tokens is too long for one GPU"
     given = choose_layout(preset("qwen2.5-1.5b"), 8, 80 * GIB, **STEP, micro_batch_rows=2, remat="full")
     assert (given.micro_batch_rows, given.remat) == (2, "full")
+    for rows, taken in ((3, 3), (4096, 128)):  # the last micro-batch is filled up; a rank has 128 rows
+        given = choose_layout(preset("qwen2.5-0.5b"), 8, 4096 * GIB, **STEP, micro_batch_rows=rows)
+        assert given.micro_batch_rows == taken
 
 
 def test_what_does_not_fit_is_said() -> None:
@@ -82,6 +86,17 @@ def test_auto_is_written_out() -> None:
     assert settle(recipe(), shape, 2, None).parallel.shard == -1
     with pytest.raises(ValueError, match="does not fit on 1 GPU"):
         settle(recipe(), shape, 1, 80 * GIB)
+    # fp32 activations and uncompiled blocks keep more: what is chosen fits those.
+    for further in (("loop.precision=fp32",), ("loop.compile=off",)):
+        layout, dear = Layout(shard=8), settle(recipe(*further), shape, 8, 80 * GIB)
+        assert plan_layout(8, **sizes_of(dear.parallel)) == layout
+        assert memory_plan(workload_of(dear, shape, layout)).total <= usable_bytes(80 * GIB, 8)
+
+
+def test_a_growing_batch_begins_with_small_micro_batches() -> None:
+    grows = recipe("loop.batch_warmup={start_rows=8, tokens=1000000}")
+    work = workload_of(grows, preset("qwen2.5-7b"), Layout(shard=8))
+    assert (work.tokens, work.micro_batches) == (4096, 8)
 
 
 def test_remat_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,5 +129,18 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     fixed = ["parallel.auto=false", "loop.remat=none", "loop.micro_batch_rows=128"]
     assert cli.main(["plan", "pretrain-qwen2.5-7b", "gpus=8", "--gpu-memory", "80", *fixed]) == 1
     assert "does not fit" in capsys.readouterr().out
+    fixed = ["parallel.auto=false", "loop.micro_batch_rows=8"]  # remat=auto takes what fits, as training does
+    assert cli.main(["plan", "pretrain-qwen2.5-7b", "gpus=8", "--gpu-memory", "80", *fixed]) == 0
+    assert "(remat attention)" in capsys.readouterr().out
     assert cli.main(["plan", "pretrain-qwen2.5-72b", "--gpu-memory", "80"]) == 2
     assert "take more GPUs" in capsys.readouterr().err
+    assert cli.main(["plan", "pretrain-qwen2.5-7b", "gpus=0", "--gpu-memory", "80"]) == 2
+    assert "gpus is 0; give 1 or more" in capsys.readouterr().err
+
+
+def test_rows_of_the_tokenizer(capsys: pytest.CaptureFixture[str], tiny_tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """A shape of one's own has the rows that training would give it."""
+    tiny_tokenizer.save(tmp_path / "tokenizer")
+    for given, rows in (([f"tokenizer={tmp_path / 'tokenizer'}"], tiny_tokenizer.padded_vocab_size), ([], 151_936)):
+        assert cli.main(["plan", "pretrain-small", *given, "--gpu-memory", "80"]) == 0
+        assert f"with {rows:,} rows" in capsys.readouterr().out

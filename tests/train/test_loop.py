@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from qwench.train.loop import Trainer, TrainResult
 from qwench.train.loss import next_token_losses
 from qwench.train.prepare import Prepared
 from qwench.train.pretrain import pretrain
+from qwench.train.sharded_files import TensorFiles
 from qwench.train.start import build_model
 from qwench.types import Sample
 
@@ -122,13 +124,18 @@ def test_a_bad_batch_is_skipped_and_kept(trainer, tmp_path: Path, capsys) -> Non
     assert "step 3 skipped: loss is nan (rows 8 to 11 of the data order, kept in" in said
 
 
-def test_stops_after_many_bad_batches(trainer, tmp_path: Path) -> None:
-    stopping = trainer("loop.steps=20", "guard.max_consecutive=3", loss=poisoned({2, 4, 5, 7, 8, 9}))
+def test_stops_after_many_bad_batches(trainer, tmp_path: Path, monkeypatch) -> None:
+    """With the checkpoint whole that a thread is writing at this time: a rank's process would not wait for it."""
+    write = TensorFiles.write
+    monkeypatch.setattr(TensorFiles, "write", lambda *arguments: (time.sleep(0.3), write(*arguments))[1])
+    further = ("guard.max_consecutive=3", "checkpoint.every_steps=8", "checkpoint.background=on")
+    stopping = trainer("loop.steps=20", *further, loss=poisoned({2, 4, 5, 7, 8, 9}))
     with pytest.raises(ValueError, match=r"3 steps in a row were skipped, .* loss is nan \(rows 32 to 35"):
         stopping.train()
     assert sorted(p.stem for p in (tmp_path / "run/bad_batches").iterdir()) == [
         f"step_{step:09d}" for step in (2, 4, 5, 7, 8, 9)
     ]
+    assert (tmp_path / "run/checkpoints/step_000000008/COMPLETE").exists()
     assert all(bool(torch.isfinite(p).all()) for p in stopping.model.parameters())
 
 
@@ -258,10 +265,14 @@ def test_records_and_provenance(tmp_path: Path, pretrain_arguments, capsys) -> N
 def test_precision_of_a_run_does_not_change(tmp_path: Path, pretrain_arguments, monkeypatch) -> None:
     """`auto` measures the machine; what it chose at the start holds after a resumption that would measure otherwise."""
     arguments = pretrain_arguments(tmp_path / "run", "loop.precision=auto", "loop.steps=4", "checkpoint.every_steps=2")
-    for steps, measured in ((2, torch.bfloat16), (4, torch.float32)):
+    for steps, measured in ((2, torch.bfloat16), (4, torch.float32), (5, torch.float32)):
+        if steps == 5:  # damage that is JSON still: the checkpoint before says it
+            state = tmp_path / "run/checkpoints/step_000000004/state.json"
+            state.write_text(state.read_text().replace("best_loss", "best_lXss"))
         monkeypatch.setattr(prepare, "pick_dtype", lambda precision, device, dtype=measured: dtype)
         recipe = config.load(PretrainConfig, [*arguments, f"loop.steps={steps}", "resume=force"])
         pretrain(recipe)
+    assert (tmp_path / "run/checkpoints/damaged_step_000000004").exists()
     assert json.loads((tmp_path / "run/provenance.json").read_text())["precision"] == "bfloat16"
     assert json.loads((tmp_path / "run/model/config.json").read_text())["torch_dtype"] == "bfloat16"
 

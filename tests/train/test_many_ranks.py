@@ -30,7 +30,7 @@ from qwench import cli, config
 from qwench.parallel.launch import connected, run_job
 from qwench.parallel.layout import Layout
 from qwench.run import read_metrics
-from qwench.train import checkpoint, job, loop, prepare
+from qwench.train import checkpoint, job, prepare, work
 from qwench.train.compile import compile_blocks
 from qwench.train.config import PretrainConfig
 from qwench.train.pretrain import pretrain
@@ -329,7 +329,7 @@ def test_a_rank_shot_while_saving(background: str, runs, options, tmp_path: Path
 
 def poisons_a_step(recipe: PretrainConfig) -> tuple[int, list[float]]:
     """Rank 1's share of step 3 has a loss that is no number."""
-    make_batch, calls = loop.make_batch, []
+    make_batch, calls = work.make_batch, []
 
     def poisoned(*arguments, **options):
         batch = make_batch(*arguments, **options)
@@ -338,7 +338,7 @@ def poisons_a_step(recipe: PretrainConfig) -> tuple[int, list[float]]:
             batch = dataclasses.replace(batch, loss_weights_T=batch.loss_weights_T * float("nan"))
         return batch
 
-    loop.make_batch = poisoned
+    work.make_batch = poisoned
     result = pretrain(recipe)
     return result.skipped_steps, [result.train_loss]
 

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from qwench import cli
-from qwench.ops.hardware import matmul_flops, sustained_flops
+from qwench.ops.hardware import matmul_flops, peak_flops, sustained_flops
 from qwench.run import read_metrics
 from qwench.train import report
 from qwench.train.profile import (
@@ -136,16 +137,24 @@ def test_profile_of_a_run(profiled: Path) -> None:
     assert all(record["mfu_of_gemm"] > 0 for record in records)
 
 
-def test_a_profile_that_comes_too_late_is_cut(tmp_path: Path, pretrain_arguments) -> None:
+def test_a_profile_that_comes_too_late_is_cut(tmp_path: Path, pretrain_arguments, capsys) -> None:
     run = tmp_path / "run"
     assert cli.main(["pretrain", *pretrain_arguments(run, "loop.steps=2", "loop.profile_step=1")]) == 0
     assert json.loads((run / "profile.json").read_text())["steps"] == 2
-    assert cli.main(["pretrain", *pretrain_arguments(tmp_path / "none", "loop.steps=2", "loop.profile_step=9")]) == 0
-    assert not (tmp_path / "none/profile.json").exists()
+    assert cli.main(["pretrain", *pretrain_arguments(tmp_path / "none", "loop.steps=2", "loop.profile_step=9")]) == 2
+    assert "give 0 (off) or the number of a step up to 2" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "rate"),
+    [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 NVL", 835e12)],
+)
+def test_datasheets_by_name(name: str, rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda"), torch.bfloat16)[0] == rate
 
 
 def test_the_rate_of_products_on_a_cpu() -> None:
-    import torch
 
     assert sustained_flops(torch.device("cpu"), torch.float32) == matmul_flops("cpu", torch.float32) > 1e8
 

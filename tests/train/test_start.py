@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from qwench import config
+from qwench import cli, config
 from qwench.data.packing import PretrainDataset
 from qwench.data.shards import TokenShards
 from qwench.model.decoder import CausalLM
 from qwench.model.init import init_weights
 from qwench.model.weights import save_pretrained
 from qwench.tokenizer import train
+from qwench.train import job
 from qwench.train.config import PretrainConfig, SFTConfig, StartConfig
 from qwench.train.pretrain import pretrain
 from qwench.train.sft import sft
@@ -154,6 +156,39 @@ def test_wrong_tokenizer(tmp_path: Path, tiny_tokenizer, pretrain_arguments) -> 
     with pytest.raises(ValueError, match=r"were made with tokenizer .* use the tokenizer they were made with"):
         pretrain(config.load(PretrainConfig, pretrain_arguments(tmp_path / "run", f"tokenizer={tmp_path / 'other'}")))
     assert not (tmp_path / "run").exists()
+
+
+def test_bad_input_starts_nothing(tmp_path: Path, tiny_shards: Path, pretrain_arguments, monkeypatch, capsys) -> None:
+    """Shards, tokenizer, weights to start from and checkpoints to go on from are looked at before a process starts."""
+    out = tmp_path / "run"
+    assert cli.main(["pretrain", *pretrain_arguments(out, "loop.steps=1")]) == 0
+    monkeypatch.setattr(job, "run_job", lambda *_, **__: pytest.fail("something was started"))
+    train(["another corpus, other merges " * 9], 290).save(tmp_path / "tokenizer")
+    damaged = shutil.copytree(tiny_shards / "train", tmp_path / "shards")
+    file = damaged / "shard_00000.bin"
+    file.write_bytes(file.read_bytes()[:-2] + b"xy")
+    other = shutil.copytree(out / "model", tmp_path / "other")
+    shape = (other / "config.json").read_text()
+    (other / "config.json").write_text(shape.replace('"hidden_size": 32', '"hidden_size": 64'))
+    wide = "model.config.hidden_size=64"
+    for arguments, message in (
+        (pretrain_arguments(tmp_path / "new", f"train_shards={damaged}"), "shard_00000.bin is damaged"),
+        (pretrain_arguments(tmp_path / "new", f"val_shards={damaged}", "gpus=2"), "shard_00000.bin is damaged"),
+        (pretrain_arguments(tmp_path / "new", f"tokenizer={tmp_path / 'tokenizer'}"), "were made with tokenizer"),
+        (pretrain_arguments(out, "loop.steps=2"), "holds a run of another recipe (different: loop.steps)"),
+        (pretrain_arguments(out, "resume=never"), "already holds a run"),
+        (pretrain_arguments(out, wide, "resume=force"), "step_000000001/model is a checkpoint of another model"),
+        (
+            [a for a in pretrain_arguments(tmp_path / "new") if "model.config" not in a] + [f"model.path={other}"],
+            "has shape [512, 32]; its config makes it [512, 64]",
+        ),
+    ):
+        assert cli.main(["pretrain", *arguments]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+    unread = pretrain_arguments(tmp_path / "new", f"train_shards={damaged}", "verify_shards=false")
+    with pytest.raises(pytest.fail.Exception, match="something was started"):
+        cli.main(["pretrain", *unread])
 
 
 def test_sft_needs_a_tokenizer(tmp_path: Path, sft_arguments) -> None:

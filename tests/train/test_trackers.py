@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -156,3 +158,14 @@ def test_follow_afterwards(tmp_path: Path, pretrain_arguments, capsys) -> None:
     assert [step for step, _ in tensorboard_points(run, "grad_norm")] == [1, 2, 3]
     assert cli.main(["follow", str(tmp_path)]) == 2
     assert "has no metrics.jsonl" in capsys.readouterr().err
+
+
+def test_follow_without_the_package(tmp_path: Path) -> None:
+    """One line for the user, not a traceback: a process of its own, since pytest handles log records itself."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    code = "import sys; sys.modules['trackio'] = None; from qwench import cli; sys.exit(cli.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "follow", str(tmp_path), "trackio_project=x"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "needs the package trackio; pip install trackio" in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
