@@ -90,8 +90,7 @@ def training_rows() -> list[str]:
         for shape in SHAPES:
             found = [run for name, run in runs[shape].items() if ("fp8" in name) == wanted and "tokens_per_s" in run]
             best = max(found, key=lambda run: run["tokens_per_s"], default=None)
-            speed = "-" if best is None else f"{best['tokens_per_s']:,.0f}, {best['mfu']:.1%}, {best['reserved_gib']:.0f}"
-            cells.append(speed)
+            cells.append(f"{best['tokens_per_s']:,.0f}, {best['mfu']:.1%}, {best['reserved_gib']:.0f}" if best else "-")
         lines.append(f"| {label} | {' | '.join(cells)} |")
     for name in ("torchtitan", "transformers + liger"):
         cells = ["{:,.0f}, {:.0f} GiB".format(*peers[shape][name]) if shape in peers else "-" for shape in SHAPES]
