@@ -143,7 +143,8 @@ def test_a_failing_tracker_stops_nothing(tmp_path: Path, monkeypatch, capsys, pr
     assert said.count("follows this run no longer") == 1
     assert "ConnectionError: the network is gone" in said
     assert len(read_metrics(run)) == 5
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("qwench-")]
+    ours = threading.enumerate()
+    assert not [thread for thread in ours if thread.name.startswith("qwench-follow")]
 
 
 def test_follow_afterwards(tmp_path: Path, pretrain_arguments, capsys) -> None:
