@@ -25,6 +25,7 @@ from qwench.engine.scheduler import Step
 from qwench.engine.sequence import Sequence
 from qwench.model.decoder import CausalLM
 from qwench.ops.attention import AttnMeta, KVCache
+from qwench.ops.attention_paged import HALF
 from qwench.ops.paging import advance, locate
 from qwench.ops.sampling import start_counts_
 
@@ -107,7 +108,9 @@ class Runner:
         self._drawn_tokens = torch.zeros(max_seqs, dtype=torch.int64, pin_memory=self.on_gpu)
         self._drawn_logprobs = torch.zeros(max_seqs, dtype=torch.float32, pin_memory=self.on_gpu)
         self._masks: MaskTable | None = None
-        self.graphs = DecodeGraphs(self) if self.on_gpu and config.cuda_graphs else None
+        # Attention in fp32 has no kernel that reads lengths on the device, which a recorded step must.
+        recordable = model.model.norm.weight.dtype in HALF and self.on_gpu and config.cuda_graphs
+        self.graphs = DecodeGraphs(self) if recordable else None
         self.short_prompts = ShortPrompts(self, self.graphs) if self.graphs is not None else None
 
     # ------------------------------------------------------------------------------------------------------- rows

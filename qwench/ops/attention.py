@@ -189,6 +189,8 @@ def _heads_first(x_SHD: Tensor) -> Tensor:
 
 def _sdpa_call(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, window: int | None) -> Tensor:
     num_q, num_k = q_BHTD.shape[2], k_BKSD.shape[2]
+    if not num_k:  # a row of the batch that no sequence has
+        return torch.zeros_like(q_BHTD)
     gqa = q_BHTD.shape[1] != k_BKSD.shape[1]
     k_BKSD, v_BKSD = k_BKSD.to(q_BHTD.dtype), v_BKSD.to(q_BHTD.dtype)
     if gqa and q_BHTD.is_cuda and q_BHTD.dtype == torch.float32:

@@ -39,6 +39,28 @@ def upload(values: torch.Tensor, device: torch.device | str) -> torch.Tensor:
     return values.pin_memory().to(device, non_blocking=True)
 
 
+class Download:
+    """A device tensor on its way to the host: what is launched after this is not waited for.
+
+    numbers = Download(sums); ...launch more...; values = numbers.tensor()     # waits for `sums` alone
+    """
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        self._values = values
+        if values.is_cuda:
+            self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._values.copy_(values, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def tensor(self) -> torch.Tensor:
+        """On the host."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._values
+
+
 def pick_dtype(precision: str, device: torch.device) -> torch.dtype:
     """Dtype of activations for fp32, bf16 or auto (bf16 where it is native)."""
     if precision == "auto":

@@ -1,9 +1,9 @@
 """Data parallelism of a built model: FSDP2 within a shard group, replicas of it beside each other (HSDP).
 
-Each block is gathered when its turn comes and sharded again after it; embedding, final norm and output matrix are one
-more unit that stays gathered from the beginning of a pass to its end, because the loss reads the output matrix outside
-of the model's `forward`. Master weights, gradients and optimiser states are fp32 shards; a pass sees its weights in the
-dtype of the activations.
+Each block is gathered when its turn comes and sharded again after it, or gathered once a step where memory allows;
+embedding, final norm and output matrix are one more unit that stays gathered from the beginning of a pass to its end,
+because the loss reads the output matrix outside of the model's `forward`. Master weights, gradients and optimiser
+states are fp32 shards; a pass sees its weights in the dtype of the activations.
 
 Gradients are sums over the ranks, not means: every loss is divided by the weight of the whole step before the backward
 pass, so that neither the number of ranks nor an uneven share of the loss changes the result.
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
@@ -56,13 +57,19 @@ def apply_data_parallel(
         unit.set_gradient_divide_factor(1.0)
 
 
-def reduce_gradients_now(model: nn.Module, last: bool, *, keep_whole: bool) -> None:
-    """Say before a micro-batch's forward pass whether it is the last of its step.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exchanges:
+    """When FSDP exchanges weights and gradients within a step of several micro-batches."""
 
-    Only the last one's backward pass exchanges gradients. Until then they are kept whole on every rank (`keep_whole`:
-    one exchange a step, the memory of whole gradients) or are scattered over the shard group every time and only the
-    sum over replicas waits.
-    """
+    keep_whole: bool = True
+    """Gradients stay whole on every rank until the last micro-batch: one exchange a step, the memory of whole
+    gradients. Else they are scattered over the shard group every time, and only the sum over replicas waits."""
+    reshard_after_forward: bool = True
+    """As the model was sharded. False: weights stay gathered until the step's last backward pass too."""
+
+
+def prepare_exchanges(model: nn.Module, last: bool, exchanges: Exchanges) -> None:
+    """Say before a micro-batch's forward pass whether it is the last of its step."""
     if not dist.is_initialized():
         return
     from torch.distributed.fsdp import FSDPModule
@@ -70,7 +77,8 @@ def reduce_gradients_now(model: nn.Module, last: bool, *, keep_whole: bool) -> N
     if not isinstance(model, FSDPModule):
         return
     model.set_is_last_backward(last)
-    if keep_whole:
+    model.set_reshard_after_backward(last or exchanges.reshard_after_forward)
+    if exchanges.keep_whole:
         model.set_requires_gradient_sync(last)
     else:
         model.set_requires_all_reduce(last)
@@ -79,14 +87,13 @@ def reduce_gradients_now(model: nn.Module, last: bool, *, keep_whole: bool) -> N
 class WholeModel:
     """The passes of a step over a model that a rank has all layers of; the same methods as `pipeline.Pipeline`."""
 
-    def __init__(self, model: nn.Module, *, keep_whole: bool) -> None:
-        """`keep_whole`: see `reduce_gradients_now`."""
-        self._model, self._keep_whole = model, keep_whole
+    def __init__(self, model: nn.Module, exchanges: Exchanges) -> None:
+        self._model, self._exchanges = model, exchanges
 
     def train(self, number: int, batch_at: Callable[[int], T], loss_of: Callable[[T], Tensor]) -> None:
         """Add the gradients of the sum of `number` micro-batches' losses, one after the other."""
         for index in range(number):
-            reduce_gradients_now(self._model, index == number - 1, keep_whole=self._keep_whole)
+            prepare_exchanges(self._model, index == number - 1, self._exchanges)
             loss_of(batch_at(index)).backward()
 
     def validate(self, number: int, batch_at: Callable[[int], T], loss_of: Callable[[T], Tensor]) -> None:

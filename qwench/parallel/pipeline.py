@@ -1,7 +1,7 @@
 """Pipeline parallelism: a step's micro-batches through the stages of several ranks, forward and backward.
 
     model = StagedLM(model, stages)              # before FSDP and compilation; see stages.py
-    pipeline = Pipeline(model, team)
+    pipeline = Pipeline(model, team, Exchanges(reshard_after_forward=False))
     pipeline.train(number, batch_at, loss_of)    # leaves gradients behind
     pipeline.validate(number, batch_at, loss_of)
 
@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from qwench.ops.attention import AttnMeta
 from qwench.parallel.blocks import local_part
+from qwench.parallel.data import Exchanges
 from qwench.parallel.layout import Team
 from qwench.parallel.schedule import Action, Round, plan_rounds
 from qwench.parallel.stages import StagedLM
@@ -55,13 +56,10 @@ B = TypeVar("B", bound=Stream)
 class Pipeline:
     """A rank's part in the pipeline that it belongs to. All ranks of it call the same methods with the same batches."""
 
-    def __init__(
-        self, model: StagedLM, team: Team, *, keep_whole: bool = True, reshard_after_forward: bool = False
-    ) -> None:
-        """`keep_whole` and `reshard_after_forward`: as FSDP was told, see `data.py`."""
+    def __init__(self, model: StagedLM, team: Team, exchanges: Exchanges) -> None:
         self._model, self._team, self._group = model, team, team.group("pipeline")
         self._num_ranks, self._rank = team.layout.pipeline, team.place("pipeline")
-        self._keep_whole, self._reshard_after_forward = keep_whole, reshard_after_forward
+        self._exchanges = exchanges
         self._kept: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         """(chunk, micro-batch) -> input and output, of those whose backward pass is to come."""
         self._arriving: dict[Action, tuple[Tensor, list[dist.Work]]] = {}
@@ -189,11 +187,11 @@ class Pipeline:
 
     # ----------------------------------------------------------------------------------------------------------- FSDP
     def _begin_step(self) -> None:
-        """Until a chunk's last backward pass: see `data.reduce_gradients_now`."""
+        """Until a chunk's last backward pass: see `data.prepare_exchanges`."""
         for unit in _fsdp_units(self._model):
-            unit.set_requires_gradient_sync(not self._keep_whole, recurse=False)
+            unit.set_requires_gradient_sync(not self._exchanges.keep_whole, recurse=False)
             unit.set_requires_all_reduce(False, recurse=False)
-            unit.set_reshard_after_backward(self._reshard_after_forward, recurse=False)
+            unit.set_reshard_after_backward(self._exchanges.reshard_after_forward, recurse=False)
             unit.set_is_last_backward(False)
 
     def _end_chunk(self, chunk: int, last: bool) -> None:

@@ -26,7 +26,9 @@ class AdamWHalfStates(torch.optim.Optimizer):
     """Decoupled weight decay as torch.optim.AdamW, which it equals for `state_dtype` fp32 but for the last place.
 
     States: "step" (fp32, on the CPU), "exp_avg" and "exp_avg_sq" (`state_dtype`, the parameter's shape). Parameters and
-    gradients are fp32, whole or DTensors. Raises ValueError for betas that the states' dtype does not resolve.
+    gradients are fp32, whole or DTensors. Like torch's fused AdamW it reads its attributes `found_inf` (1: leave
+    weights and states as they are; the caller then calls `uncount`) and `grad_scale` (gradients are divided by it).
+    Raises ValueError for betas that the states' dtype does not resolve.
     """
 
     def __init__(
@@ -44,10 +46,18 @@ class AdamWHalfStates(torch.optim.Optimizer):
             )
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.state_dtype = state_dtype
+        self.found_inf: Tensor | None = None
+        self.grad_scale: Tensor | None = None
+
+    def uncount(self) -> None:
+        """Take back the count of a step that `found_inf` has skipped."""
+        for state in self.state.values():
+            state["step"] -= 1
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         assert closure is None
+        factor = self.grad_scale.reciprocal() if self.grad_scale is not None else None
         for group in self.param_groups:
             tensors: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
             numbers: list[tuple[float, float, float]] = []
@@ -64,10 +74,11 @@ class AdamWHalfStates(torch.optim.Optimizer):
             if tensors and runs_triton(tensors[0][0].device):
                 from qwench.train.adamw_triton import adamw_
 
-                adamw_(tensors, numbers, beta1, beta2, group["eps"])
-            else:
-                for one, its_numbers in zip(tensors, numbers, strict=True):
-                    _update(*one, *its_numbers, beta1, beta2, group["eps"])
+                adamw_(tensors, numbers, beta1, beta2, group["eps"], skip=self.found_inf, factor=factor)
+            elif self.found_inf is None or not self.found_inf:
+                for (p, grad, mean, square), its_numbers in zip(tensors, numbers, strict=True):
+                    grad = grad if factor is None else grad * factor
+                    _update(p, grad, mean, square, *its_numbers, beta1, beta2, group["eps"])
 
     def _state(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.state[parameter]

@@ -21,9 +21,11 @@ from qwench.ops.triton_launch import interpreted
 
 
 @triton.jit
-def _update(p_ptr, grad_ptr, mean_ptr, square_ptr, here, step_size, root, left, beta1, beta2, eps, STATE: tl.constexpr):
+def _update(
+    p_ptr, grad_ptr, mean_ptr, square_ptr, here, factor, step_size, root, left, beta1, beta2, eps, STATE: tl.constexpr
+):
     p = tl.load(p_ptr, mask=here)
-    grad = tl.load(grad_ptr, mask=here)
+    grad = tl.load(grad_ptr, mask=here) * factor
     mean = tl.load(mean_ptr, mask=here).to(tl.float32)
     square = tl.load(square_ptr, mask=here).to(tl.float32)
     mean += (grad - mean) * (1 - beta1)
@@ -39,6 +41,8 @@ def _adamw_kernel(
     tensors_ptr,  # int64 [parameters, 5]: addresses of weights, gradients, means, squares; values
     numbers_ptr,  # fp32 [parameters, 3]: step size, root of the second bias correction, what weight decay leaves
     chunks_ptr,  # int64 [programs, 2]: parameter, first value
+    skip_ptr,  # fp32 [1]: 1 to change nothing
+    factor_ptr,  # fp32 [1]: of the gradients
     beta1,
     beta2,
     eps,
@@ -54,7 +58,8 @@ def _adamw_kernel(
     grad_ptr = tl.load(row + 1).to(tl.pointer_type(tl.float32)) + first
     mean_ptr = tl.load(row + 2).to(tl.pointer_type(STATE)) + first  # pyright: ignore[reportArgumentType]
     square_ptr = tl.load(row + 3).to(tl.pointer_type(STATE)) + first  # pyright: ignore[reportArgumentType]
-    here = tl.load(row + 4) - first
+    here = tl.where(tl.load(skip_ptr) != 0, 0, tl.load(row + 4) - first)
+    factor = tl.load(factor_ptr)
     if ALIGNED:  # chunks are multiples of 16 values
         p_ptr, grad_ptr = tl.multiple_of(p_ptr, 16), tl.multiple_of(grad_ptr, 16)
         mean_ptr, square_ptr = tl.multiple_of(mean_ptr, 16), tl.multiple_of(square_ptr, 16)
@@ -66,15 +71,15 @@ def _adamw_kernel(
         for step in range(STEPS):
             at = step * BLOCK + tl.arange(0, BLOCK)
             _update(
-                p_ptr + at, grad_ptr + at, mean_ptr + at, square_ptr + at, None, step_size, root, left, beta1, beta2,
-                eps, STATE,
+                p_ptr + at, grad_ptr + at, mean_ptr + at, square_ptr + at, None, factor, step_size, root, left, beta1,
+                beta2, eps, STATE,
             )  # fmt: skip
     else:
         for step in range(STEPS):
             at = step * BLOCK + tl.arange(0, BLOCK)
             _update(
-                p_ptr + at, grad_ptr + at, mean_ptr + at, square_ptr + at, at < here, step_size, root, left, beta1,
-                beta2, eps, STATE,
+                p_ptr + at, grad_ptr + at, mean_ptr + at, square_ptr + at, at < here, factor, step_size, root, left,
+                beta1, beta2, eps, STATE,
             )  # fmt: skip
 
 
@@ -89,8 +94,13 @@ def adamw_(
     beta1: float,
     beta2: float,
     eps: float,
+    *,
+    skip: Tensor | None = None,
+    factor: Tensor | None = None,
 ) -> None:
     """One step of many (weights, gradients, means, squares), in place; `numbers` as the kernel lists them.
+
+    `skip` and `factor` are fp32 numbers on the device: 1 changes nothing at all; what gradients are multiplied by.
 
     Weights and gradients fp32, the states of all parameters one dtype; a parameter's four tensors have one size, are
     contiguous and lie on one device. Does not wait for it.
@@ -107,10 +117,12 @@ def adamw_(
     table = np.array([[*four, size] for four, size in zip(addresses, sizes, strict=True)], np.int64)
     chunks = _chunks(sizes, device)
     launch: Any = _adamw_kernel[(len(chunks),)]
+    skip = skip if skip is not None else torch.zeros((), device=device)
+    factor = factor if factor is not None else torch.ones((), device=device)
     launch(
         upload(torch.from_numpy(table), device), upload(torch.tensor(numbers, dtype=torch.float32), device), chunks,
-        beta1, beta2, eps, STATE=DTYPES[state], ALIGNED=bool((table[:, :4] % 16 == 0).all()), STEPS=STEPS, BLOCK=BLOCK,
-        num_warps=4,
+        skip, factor, beta1, beta2, eps, STATE=DTYPES[state], ALIGNED=bool((table[:, :4] % 16 == 0).all()),
+        STEPS=STEPS, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
 
 

@@ -237,9 +237,9 @@ class ParallelConfig:
     tensor: int = 1
     """Ranks that divide every matrix."""
     reshard_after_forward: bool | None = None
-    """Give a block's gathered weights back after its forward pass and gather them again for its backward pass; false
-    keeps them, for less communication and more memory. Unset: true, but false with a pipeline, where it is done twice a
-    micro-batch."""
+    """Give a block's gathered weights back after its forward pass and gather them again for its backward pass, in every
+    micro-batch; false gathers them once a step and keeps them, for less communication and more memory. Unset: false on
+    GPUs with memory for that and with a pipeline, else true."""
     accumulate: Literal["whole", "shards"] = "whole"
     """Gradients between the micro-batches of a step: whole on every rank with one exchange a step, or scattered over
     the shard group after every micro-batch, for less memory."""

@@ -293,13 +293,29 @@ def smallest_gpu() -> int | None:
         ) from None
 
 
-def pick_remat(recipe: Recipe, config: ModelConfig, layout: Layout, device: torch.device, compiled: bool) -> Remat:
-    """What `loop.remat` means on `device`: "auto" takes what the memory plan says of a GPU, and the usual on a CPU."""
-    if recipe.loop.remat != "auto":
-        return recipe.loop.remat
+def choose_free(recipe: Recipe, work: Workload, usable: int) -> Workload:
+    """`work` with what the recipe leaves to the plan: what is computed again, then whether weights stay gathered.
+
+    Recomputation comes first: it costs the device's time, gathering again mostly a link's that is idle otherwise.
+    """
+    if recipe.loop.remat == "auto":
+        work = dataclasses.replace(work, remat=choose_remat(work, usable))
+    if recipe.parallel.reshard_after_forward is None and work.layout.world > 1:
+        kept = dataclasses.replace(work, reshard_after_forward=False)
+        work = kept if memory_plan(kept).total <= usable else work
+    return work
+
+
+def pick_free(
+    recipe: Recipe, config: ModelConfig, layout: Layout, device: torch.device, compiled: bool
+) -> tuple[Remat, bool]:
+    """`loop.remat` and `parallel.reshard_after_forward` on `device`: of a GPU what the memory plan says, of a CPU the
+    usual."""
+    work = dataclasses.replace(workload_of(recipe, config, layout), compiled=compiled)
     memory = device_memory(device)
-    if memory is None:
-        return "elementwise" if compiled else "none"
-    sums = adds_to_fp32(device, torch.bfloat16)
-    work = dataclasses.replace(workload_of(recipe, config, layout), compiled=compiled, sums_in_place=sums)
-    return choose_remat(work, usable_bytes(memory, layout.world))
+    if memory is not None:
+        work = dataclasses.replace(work, sums_in_place=adds_to_fp32(device, torch.bfloat16))
+        work = choose_free(recipe, work, usable_bytes(memory, layout.world))
+    elif recipe.loop.remat == "auto":
+        work = dataclasses.replace(work, remat="elementwise" if compiled else "none")
+    return work.remat, work.reshard_after_forward

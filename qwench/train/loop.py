@@ -3,9 +3,9 @@
 Every step's rows are split over data-parallel ranks and micro-batches, and all loss weights are divided by the step's
 total, so that the gradient does not depend on how the rows were split.
 
-A GPU is waited for once a step, for the numbers that decide whether the step is taken. While it computes them, the next
-step's first batch is made and sent to it; what it has to do after the wait is queued at once. Rows come from the
-loader's thread.
+A GPU is waited for once a step, for loss and gradient norm. Whether the step is taken it decides itself
+(`guard.decide`): the optimiser is launched behind the gradients, the next step's first batch is sent, and what the host
+does between the wait and the next launch is hidden behind the optimiser. Rows come from the loader's thread.
 
 With several ranks, everything that decides what happens next - weight, loss, gradient norm, "stop" - is a sum that all
 of them get, so they decide alike; rank 0 alone records. One process does the same without any exchange.
@@ -35,8 +35,9 @@ from qwench.data.packing import PackedRow, RowSource
 from qwench.model.decoder import CausalLM
 from qwench.model.flops import training_flops_per_token
 from qwench.ops import dispatch
+from qwench.ops.hardware import Download
 from qwench.parallel.blocks import whole_shapes
-from qwench.parallel.data import WholeModel, no_gradients
+from qwench.parallel.data import Exchanges, WholeModel, no_gradients
 from qwench.parallel.layout import Team
 from qwench.parallel.pipeline import Pipeline
 from qwench.parallel.stages import StagedLM
@@ -55,11 +56,11 @@ from qwench.train.config import (
     ParallelConfig,
     ScheduleConfig,
 )
-from qwench.train.guard import Guard
+from qwench.train.guard import Guard, StepDecision, decide
 from qwench.train.job import Follower
 from qwench.train.loss import next_token_losses
 from qwench.train.observe import Observers
-from qwench.train.optim import build_optimizer, clip_gradients, squared_gradient_norm
+from qwench.train.optim import build_optimizer, squared_gradient_norm
 from qwench.train.prepare import Prepared, forced_operations
 from qwench.train.schedule import batch_growth, lr_ratio, num_steps
 from qwench.train.verify import verify_export
@@ -142,10 +143,12 @@ class Trainer:
         micro_rows = min(self.cfg.micro_batch_rows or rows, rows)
         self.work_maker = WorkMaker(self.loader, prepared, self.team, micro_rows)
         self.optimizer = build_optimizer(self.model, recipe.optim)
-        keep_whole, reshard = recipe.parallel.accumulate == "whole", bool(recipe.parallel.reshard_after_forward)
-        self.passes: WholeModel | Pipeline = WholeModel(self.model, keep_whole=keep_whole)
+        fsdp = Exchanges(
+            keep_whole=recipe.parallel.accumulate == "whole", reshard_after_forward=prepared.reshard_after_forward
+        )
+        self.passes: WholeModel | Pipeline = WholeModel(self.model, fsdp)
         if isinstance(self.model, StagedLM):
-            self.passes = Pipeline(self.model, self.team, keep_whole=keep_whole, reshard_after_forward=reshard)
+            self.passes = Pipeline(self.model, self.team, fsdp)
         self.guard = Guard(recipe.guard)
         background = {"auto": self.device.type == "cuda", "on": True, "off": False}[recipe.checkpoint.background]
         self.checkpoints = Checkpoints(
@@ -268,9 +271,17 @@ class Trainer:
         self.optimizer.set_lr_ratio(ratio)
         self.optimizer.zero_grad()
         sums = self._sums(self._gradients(work), bool(work.micro_batches))
+        numbers = Download(sums)
+        decision = decide(
+            sums[2] + sums[3] if self.cfg.z_loss else sums[2], sums[1], self.guard.largest_norm,
+            self.recipe.optim.grad_clip,
+        )  # fmt: skip
+        launched = bool(work.micro_batches) and self.optimizer.decides_on_device
+        if launched:
+            self._update_weights(decision)
         if self.state.step < self.total_steps:
             self._next = self.work_maker.next_work()
-        stops, squares, loss, *further = sums.tolist()  # waits for the device
+        stops, squares, loss, *further = numbers.tensor().tolist()  # waits for the device, not for the optimiser
         self._stop = stops > 0
         grad_norm = math.sqrt(squares) if squares >= 0 else math.nan
         self.state.tokens += work.num_tokens
@@ -294,12 +305,17 @@ class Trainer:
         if not work.micro_batches:
             return record | {"skipped": "no token of the step has a loss weight"}
         if reason := self.guard.verdict(loss + record.get("z_loss", 0.0), grad_norm):
+            if launched:
+                self.optimizer.uncount()
             self._set_aside(first_row, reason)
             return record | {"skipped": reason}
-        clip_gradients(self.model, grad_norm, self.recipe.optim.grad_clip)
-        self.optimizer.step()
-        self.prepared.refresh()
+        if not launched:
+            self._update_weights(decision)
         return record
+
+    def _update_weights(self, decision: StepDecision) -> None:
+        self.optimizer.step(decision)
+        self.prepared.refresh()
 
     def _gradients(self, work: Work) -> list[Tensor]:
         """Leaves the step's gradients behind. The shares of each micro-batch, on the last stage of a pipeline alone."""

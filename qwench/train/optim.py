@@ -16,6 +16,7 @@ from qwench.parallel.blocks import is_cut, is_second_copy, local_part
 from qwench.parallel.layout import Team
 from qwench.train.adamw import AdamWHalfStates
 from qwench.train.config import OptimConfig
+from qwench.train.guard import StepDecision
 
 STATE_NAMES = {
     torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
@@ -45,9 +46,28 @@ class Optimizers:
         for group in self.param_groups:
             group["lr"] = group["peak_lr"] * ratio
 
-    def step(self) -> None:
+    @property
+    def decides_on_device(self) -> bool:
+        """Whether `step` can be called before the host knows if the step is to be skipped."""
+        return all(isinstance(member, torch.optim.AdamW | AdamWHalfStates) for member in self.members)
+
+    def step(self, decision: StepDecision | None = None) -> None:
+        """Take the step, or what `decision` says of it: optimisers that cannot skip one must not be called for one."""
         for member in self.members:
+            if isinstance(member, torch.optim.AdamW | AdamWHalfStates):
+                # The attributes by which torch.amp.GradScaler speaks to them.
+                member.found_inf = decision.skip if decision is not None else None  # pyright: ignore[reportAttributeAccessIssue]
+                member.grad_scale = decision.divisor if decision is not None else None  # pyright: ignore[reportAttributeAccessIssue]
+            elif decision is not None:
+                own = (p.grad for group in member.param_groups for p in group["params"] if p.grad is not None)
+                torch._foreach_div_([local_part(grad) for grad in own], decision.divisor)
             member.step()
+
+    def uncount(self) -> None:
+        """The step just taken has turned out to be skipped: take back what was counted on the host."""
+        for member in self.members:
+            if isinstance(member, AdamWHalfStates):
+                member.uncount()
 
     def zero_grad(self) -> None:
         for member in self.members:
@@ -112,12 +132,6 @@ def squared_gradient_norm(model: nn.Module, team: Team) -> Tensor:
         return torch.zeros((), dtype=torch.float64, device=team.device)
     norms = torch.stack(list(torch._foreach_norm(counted)))
     return norms.to(torch.float64).square().sum()
-
-
-def clip_gradients(model: nn.Module, norm: float, limit: float) -> None:
-    """Scale gradients of the given global norm to one of at most `limit` (0: leave them), in place."""
-    if 0 < limit < norm:
-        torch._foreach_mul_([local_part(p.grad) for p in model.parameters() if p.grad is not None], limit / norm)
 
 
 def optimizer_states(model: nn.Module, optimizers: Optimizers) -> Iterator[tuple[str, str, nn.Parameter, Tensor]]:

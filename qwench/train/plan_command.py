@@ -28,8 +28,8 @@ from qwench.tokenizer import Tokenizer
 from qwench.train.compile import Remat, repeated_flops_per_token
 from qwench.train.config import PretrainConfig, StartConfig
 from qwench.train.job import sizes_of
-from qwench.train.layouts import choose_layout, optimizer_kind, settle, smallest_gpu, workload_of
-from qwench.train.memory import GIB, Workload, choose_remat, memory_plan, reserve_bytes, usable_bytes
+from qwench.train.layouts import choose_free, choose_layout, optimizer_kind, settle, smallest_gpu, workload_of
+from qwench.train.memory import GIB, Workload, memory_plan, reserve_bytes, usable_bytes
 from qwench.train.start import model_config
 
 UNKNOWN = ["out=unknown", "tokenizer=not-known-yet", "train_shards=unknown"]
@@ -80,8 +80,7 @@ def show(recipe: PretrainConfig, shape: ModelConfig, memory: int) -> int:
     layout = plan_layout(recipe.gpus, **sizes_of(recipe.parallel))
     check_model(layout, shape, seq_len=recipe.seq_len, batch_rows=recipe.loop.batch_rows)
     work, usable = workload_of(recipe, shape, layout), usable_bytes(memory, recipe.gpus)
-    if recipe.loop.remat == "auto":
-        work = dataclasses.replace(work, remat=choose_remat(work, usable))
+    work = choose_free(recipe, work, usable)
     plan = memory_plan(work)
     out = Console(markup=False)
     out.print(_table("the run", _facts(recipe, shape, work)))
@@ -118,8 +117,8 @@ def _facts(recipe: PretrainConfig, shape: ModelConfig, work: Workload) -> dict[s
         share = bubble_share(layout.pipeline, work.virtual_stages, work.micro_batches)
         facts["pipeline waits"] = f"{share / (1 + share):.1%} of the time"
     if layout.world > 1:
-        kept = "given back after" if work.reshard_after_forward else "kept after"
-        facts["weights, gradients"] = f"{kept} the forward pass; accumulated {work.accumulate}"
+        kept = "gathered in every pass" if work.reshard_after_forward else "gathered once a step"
+        facts["weights, gradients"] = f"{kept}; accumulated {work.accumulate}"
     return facts
 
 

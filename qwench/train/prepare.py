@@ -27,8 +27,8 @@ from qwench.train.compile import Remat, can_compile, compile_blocks, refused_cho
 from qwench.train.config import LoopConfig, OpsConfig, OptimConfig, ParallelConfig, StartConfig
 from qwench.train.copies import ComputeCopies
 from qwench.train.fp8 import pick_fp8
-from qwench.train.layouts import pick_remat
-from qwench.train.start import build_sharded
+from qwench.train.layouts import pick_free
+from qwench.train.start import build_sharded, model_config
 
 log = logging.getLogger("qwench.train")
 
@@ -63,6 +63,8 @@ class Prepared:
     remat: Remat = "none"
     fp8: bool = False
     """The blocks' products are in FP8."""
+    reshard_after_forward: bool = True
+    """With several ranks: FSDP gathers weights in every pass, not once a step."""
     row_tokens: int | None = None
     """What each row has, if all have the same; compiled blocks then want micro-batches of one size."""
 
@@ -78,13 +80,13 @@ def prepare_model(
     dtype = run_precision(recipe.loop, team, recipe.out)
     with dispatch.forced(forced_operations(recipe.ops)):
         compiled = picks_compilation(recipe.loop, team.device)
-        remat: Remat = "none"
+        shape = model_config(start, tokenizer)
+        remat, reshard = pick_free(recipe, shape, team.layout, team.device, compiled)
         in_fp8 = False
         copies: list[ComputeCopies] = []
 
         def speed_up(model: CausalLM) -> None:
-            nonlocal remat, in_fp8
-            remat = pick_remat(recipe, model.config, team.layout, team.device, compiled)
+            nonlocal in_fp8
             rows = min(
                 recipe.loop.batch_rows // team.layout.data, recipe.loop.micro_batch_rows or recipe.loop.batch_rows
             )
@@ -99,14 +101,13 @@ def prepare_model(
             else:
                 rematerialise(model, remat)
 
-        reshard = recipe.parallel.reshard_after_forward
         model = build_sharded(
             start,
             tokenizer,
             team,
             recipe.loop.seed,
             dtype,
-            reshard_after_forward=team.layout.pipeline == 1 if reshard is None else reshard,
+            reshard_after_forward=reshard,
             virtual_stages=recipe.parallel.virtual_stages,
             before_sharding=speed_up,
         )
@@ -118,6 +119,7 @@ def prepare_model(
         compiled=compiled,
         remat=remat,
         fp8=in_fp8,
+        reshard_after_forward=reshard,
         row_tokens=row_tokens,
     )
 

@@ -20,7 +20,7 @@ from qwench.model.config import ModelConfig
 from qwench.model.decoder import CausalLM
 from qwench.parallel.axes import apply_tensor, sum_gradients
 from qwench.parallel.blocks import parameter_blocks
-from qwench.parallel.data import apply_data_parallel, no_gradients
+from qwench.parallel.data import Exchanges, apply_data_parallel, no_gradients
 from qwench.parallel.layout import Layout, Team
 from qwench.parallel.pipeline import Pipeline
 from qwench.parallel.stages import StagedLM, deal_layers, stages_of_rank
@@ -46,7 +46,7 @@ class Case:
     """Of a micro-batch."""
     dtype: torch.dtype = torch.float32
     further: dict[str, bool] = field(default_factory=dict)
-    """For `Pipeline`."""
+    """Of `Exchanges`."""
 
 
 CASES = {
@@ -120,7 +120,7 @@ def one_rank(case: Case) -> dict[str, Any]:
     model = StagedLM(model, stages_of_rank(counts, team.place("pipeline"), case.layout.pipeline))
     reshard = case.further.get("reshard_after_forward", False)
     apply_data_parallel(model, team, case.dtype, reshard_after_forward=reshard)
-    pipeline = Pipeline(model, team, **case.further)
+    pipeline = Pipeline(model, team, Exchanges(**{"reshard_after_forward": False} | case.further))
     mine = rows(case.config.vocab_size)[team.data_rank :: case.layout.data]
     batches = padded([mine[start : start + case.rows] for start in range(0, len(mine), case.rows)], team)
     losses: list[Tensor] = []

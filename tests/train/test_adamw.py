@@ -106,9 +106,10 @@ def test_one_launch_for_all(state: torch.dtype) -> None:
         tensors.append((four[0], four[1], four[2].to(state), four[3].abs().to(state)))
         numbers.append((0.1 * (index + 1), 0.5 + 0.05 * index, 0.99 - 0.01 * index))
     want = [tuple(x.clone() for x in four) for four in tensors]
-    for four, its_numbers in zip(want, numbers, strict=True):
-        _update(*four, *its_numbers, 0.9, 0.95, 1e-8)
-    adamw_(tensors, numbers, 0.9, 0.95, 1e-8)
+    for (p, grad, mean, square), its_numbers in zip(want, numbers, strict=True):
+        _update(p, grad * 0.5, mean, square, *its_numbers, 0.9, 0.95, 1e-8)
+    adamw_(tensors, numbers, 0.9, 0.95, 1e-8, skip=torch.ones((), device=DEVICE))
+    adamw_(tensors, numbers, 0.9, 0.95, 1e-8, factor=torch.full((), 0.5, device=DEVICE))
     for got_four, want_four in zip(tensors, want, strict=True):
         for got, wanted in zip(got_four, want_four, strict=True):
             torch.testing.assert_close(got, wanted, rtol=1e-2 if got.dtype == torch.bfloat16 else 1e-5, atol=1e-6)

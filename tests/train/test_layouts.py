@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from qwench.tokenizer import Tokenizer
 from qwench.train import layouts
 from qwench.train.config import PretrainConfig
 from qwench.train.job import run_stage, sizes_of
-from qwench.train.layouts import choose_layout, pick_remat, settle, step_cost, workload_of
+from qwench.train.layouts import choose_layout, pick_free, settle, step_cost, workload_of
 from qwench.train.memory import GIB, Workload, memory_plan, usable_bytes
 
 STEP = {"seq_len": 4096, "batch_rows": 1024}
@@ -103,11 +104,26 @@ def test_remat_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """auto: by the plan where the device's memory is known, the usual on a CPU; what is given stays."""
     shape, cpu = preset("qwen2.5-0.5b"), torch.device("cpu")
     given = recipe("model.preset=qwen2.5-0.5b", "loop.batch_rows=16")
-    assert [pick_remat(given, shape, Layout(), cpu, compiled) for compiled in (True, False)] == ["elementwise", "none"]
-    assert pick_remat(recipe("loop.remat=full"), shape, Layout(), cpu, True) == "full"
+    picked = [pick_free(given, shape, Layout(), cpu, compiled) for compiled in (True, False)]
+    assert picked == [("elementwise", True), ("none", True)]
+    assert pick_free(recipe("loop.remat=full"), shape, Layout(), cpu, True)[0] == "full"
     for size, kind in ((141, "elementwise"), (40, "mlp"), (17, "full")):
         monkeypatch.setattr(layouts, "device_memory", lambda device, size=size: size * GIB)
-        assert pick_remat(given, shape, Layout(), cpu, True) == kind
+        assert pick_free(given, shape, Layout(), cpu, True)[0] == kind
+
+
+def test_weights_stay_gathered_where_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recomputation is chosen first; a recipe that says which it wants is heard."""
+    shape, cpu, four = preset("qwen2.5-1.5b"), torch.device("cpu"), Layout(shard=4)
+    keys = ("model.preset=qwen2.5-1.5b", "loop.batch_rows=32", "loop.micro_batch_rows=4")
+    monkeypatch.setattr(layouts, "device_memory", lambda device: 141 * GIB)
+    assert pick_free(recipe(*keys), shape, four, cpu, True) == ("elementwise", False)
+    assert pick_free(recipe(*keys, "parallel.reshard_after_forward=true"), shape, four, cpu, True)[1]
+    work = dataclasses.replace(workload_of(recipe(*keys), shape, four), remat="elementwise")
+    kept = dataclasses.replace(work, reshard_after_forward=False)
+    between = (memory_plan(work).total + memory_plan(kept).total) // 2
+    monkeypatch.setattr(layouts, "usable_bytes", lambda memory, world: between)
+    assert pick_free(recipe(*keys, "loop.remat=elementwise"), shape, four, cpu, True) == ("elementwise", True)
 
 
 def test_a_job_on_the_cpu_takes_auto(pretrain_arguments: Callable[..., list[str]], tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from qwench.model.decoder import CausalLM
 from qwench.model.init import init_weights
 from qwench.model.presets import preset
 from qwench.ops.attention import AttnMeta
-from qwench.parallel.data import apply_data_parallel, reduce_gradients_now
+from qwench.parallel.data import Exchanges, apply_data_parallel, prepare_exchanges
 from qwench.parallel.layout import AXES, Layout, Team
 from qwench.train.batch import Batch
 from qwench.train.compile import Remat, kept_bytes_per_token, rematerialise
@@ -55,6 +55,7 @@ def batch(tokens: int) -> Batch:
 def step_peak(model: CausalLM, work: Workload, optim: OptimConfig, copies: ComputeCopies | None = None) -> int:
     """Highest memory of a second step, whose optimiser has its states."""
     optimizer = build_optimizer(model, optim)
+    exchanges = Exchanges(keep_whole=work.accumulate == "whole", reshard_after_forward=work.reshard_after_forward)
     with LiveMemory() as memory:
         for parameter in [*model.parameters(), *(copies._copies if copies else [])]:
             memory.add(parameter)
@@ -63,7 +64,7 @@ def step_peak(model: CausalLM, work: Workload, optim: OptimConfig, copies: Compu
             optimizer.zero_grad()
             for number in range(work.micro_batches):
                 last = number == work.micro_batches - 1
-                reduce_gradients_now(model, last, keep_whole=work.accumulate == "whole")
+                prepare_exchanges(model, last, exchanges)
                 next_token_loss(model, batch(work.tokens)).backward()
             optimizer.step()
     held = sum(_local(p).nbytes for p in model.parameters())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -11,12 +12,12 @@ import torch
 from qwench.data.packing import row_of_samples
 from qwench.parallel.layout import Team
 from qwench.train.batch import make_batch
-from qwench.train.config import OptimConfig
+from qwench.train.config import GuardConfig, OptimConfig
+from qwench.train.guard import Guard, StepDecision, decide
 from qwench.train.loss import next_token_loss
 from qwench.train.optim import (
     allocate_states,
     build_optimizer,
-    clip_gradients,
     optimizer_states,
     squared_gradient_norm,
 )
@@ -92,12 +93,59 @@ def test_clipping(limit: float, clipped: bool, model) -> None:
     give_gradients(model)
     before = {name: p.grad.clone() for name, p in model.named_parameters()}
     norm = float(np.sqrt(sum(float(grad.double().square().sum()) for grad in before.values())))
-    found = float(squared_gradient_norm(model, Team.alone(torch.device("cpu"))).sqrt())
-    assert found == pytest.approx(norm, rel=1e-5)
-    clip_gradients(model, found, limit)
-    scale = limit / norm if clipped else 1.0
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(parameter.grad, before[name] * scale, rtol=1e-5, atol=1e-8)
+    squares = squared_gradient_norm(model, Team.alone(torch.device("cpu")))
+    assert float(squares.sqrt()) == pytest.approx(norm, rel=1e-5)
+    decision = decide(torch.ones((), dtype=torch.float64), squares, math.inf, limit)
+    assert not decision.skip
+    assert float(decision.divisor) == pytest.approx(norm / limit if clipped else 1.0)
+
+
+@pytest.mark.parametrize("optim", [OptimConfig(), OptimConfig(state_dtype="bf16"), OptimConfig(kind="muon")])
+def test_a_step_takes_clipped_gradients(optim: OptimConfig, model, make_model) -> None:
+    """The same as gradients that were divided before."""
+    other = make_model(model.config)
+    other.load_state_dict(model.state_dict())
+    divided, told = build_optimizer(other, optim), build_optimizer(model, optim)
+    for _ in range(2):
+        for net in (model, other):
+            give_gradients(net)
+        for parameter in other.parameters():
+            assert parameter.grad is not None
+            parameter.grad /= 8
+        divided.step()
+        told.step(StepDecision(torch.zeros(()), torch.full((), 8.0)))
+    pairs = zip(model.parameters(), other.parameters(), strict=True)
+    for left, right in pairs:
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("state_dtype", ["fp32", "bf16"])
+def test_a_skipped_step_changes_nothing(state_dtype, model) -> None:
+    optimizer = build_optimizer(model, OptimConfig(state_dtype=state_dtype))
+    assert optimizer.decides_on_device
+    give_gradients(model)
+    optimizer.step()
+    before = [p.detach().clone() for p in model.parameters()]
+    states = {name: value.clone() for name, value in tensors_of(model, optimizer).items()}
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, math.nan)
+    optimizer.step(StepDecision(torch.ones(()), torch.full((), math.nan)))
+    optimizer.uncount()
+    assert all(torch.equal(left, right) for left, right in zip(before, model.parameters(), strict=True))
+    assert all(torch.equal(states[name], value) for name, value in tensors_of(model, optimizer).items())
+
+
+@pytest.mark.parametrize("loss", [1.0, math.nan, math.inf])
+@pytest.mark.parametrize("norm", [0.0, 1.0, 9.0, 11.0, math.inf, math.nan])
+def test_device_and_host_decide_alike(loss: float, norm: float) -> None:
+    """A limit of ten times the median of 1, and none at the beginning."""
+    for num_norms in (0, 20):
+        guard = Guard(GuardConfig(grad_norm_factor=10.0, window_steps=20))
+        for _ in range(num_norms):
+            assert guard.verdict(1.0, 1.0) is None
+        squares = torch.tensor(norm, dtype=torch.float64).square()
+        decision = decide(torch.tensor(loss, dtype=torch.float64), squares, guard.largest_norm, 1.0)
+        assert bool(decision.skip) == (guard.verdict(loss, norm) is not None)
 
 
 def tensors_of(model, optimizer) -> dict[str, torch.Tensor]:
