@@ -10,7 +10,8 @@ name. Each runs in the same process after the memory of the one before was freed
 Tokens are random. Every row is one sequence. Speed is over the steps after --warmup, by the clock, records and all;
 "step" is the loop's own time of a step. MFU counts 6 operations a weight (without the embedding, with the output
 matrix) and token and 12 * layers * heads * head size * (seq_len / 2) for causal attention, forward and backward,
-nothing that is computed twice. "syncs" are operations in a step that wait for the GPU, as torch reports them.
+nothing that is computed twice. After the timed steps three are profiled, and in three more "syncs" are counted:
+operations that wait for the GPU, as torch reports them.
 
 The losses of all steps stand in the result, and their largest difference from those of the variant "reference" (plain
 operations, nothing compiled, one row at a time, nothing kept), if that ran. It is slow: --reference-steps 5 compares
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
 import statistics
 import tempfile
 import time
@@ -46,6 +48,7 @@ from qwench.tokenizer import Tokenizer, train
 from qwench.train.config import PretrainConfig
 from qwench.train.loop import Trainer
 from qwench.train.prepare import prepare_model
+from qwench.train.profile import NUM_STEPS
 
 SUSTAINED_FLOPS = 684e12
 """Of one H200, measured: 1,500 bf16 products of 8192^3."""
@@ -168,7 +171,7 @@ def make_shards(args: argparse.Namespace, directory: Path, tokenizer: Tokenizer)
     """Random tokens of the model's vocabulary in documents of one row, enough that no row comes twice."""
     vocabulary = 512 if args.shape == "tiny" else preset(shape_arguments(args.shape)[0].partition("=")[2]).vocab_size
     rng = np.random.default_rng(0)
-    rows = args.batch_rows * (args.warmup + args.steps + WATCHED_STEPS + 4)
+    rows = args.batch_rows * (args.warmup + args.steps + NUM_STEPS + WATCHED_STEPS + 4)
     fingerprint = tokenizer.fingerprint
     with ShardWriter(directory, tokenizer_fingerprint=fingerprint, vocab_size=vocabulary) as writer:
         for _ in range(rows):
@@ -178,15 +181,16 @@ def make_shards(args: argparse.Namespace, directory: Path, tokenizer: Tokenizer)
 def measure(
     args: argparse.Namespace, device: torch.device, room: Path, out: Path, tokenizer: Tokenizer, overrides: list[str]
 ) -> dict[str, Any]:
-    planned = args.warmup + args.steps + WATCHED_STEPS + 1  # the schedule is the same for all
+    planned = args.warmup + args.steps + NUM_STEPS + WATCHED_STEPS + 1  # the schedule is the same for all
     num_steps = args.reference_steps if out.name == "reference" and args.reference_steps else args.steps
-    total = args.warmup + num_steps + WATCHED_STEPS
+    total = args.warmup + num_steps + NUM_STEPS + WATCHED_STEPS
     recipe = config.load(
         PretrainConfig,
         [
             f"out={out}", f"tokenizer={room / 'tokenizer'}", f"train_shards={room / 'shards'}", "attend_across=true",
             f"seq_len={args.seq_len}", f"loop.batch_rows={args.batch_rows}", f"loop.steps={planned}",
             f"loop.device={args.device}", "schedule.warmup_steps=5", "checkpoint.every_steps=1000000000",
+            f"loop.profile_step={args.warmup + num_steps + 1}",
             *shape_arguments(args.shape), *args.set, *overrides,
         ],
     )  # fmt: skip
@@ -231,6 +235,7 @@ def measure(
         "flash_attention_4": flash_attention_4() is not None,
         "losses": [record["loss"] for record in run.records],
         "grad_norms": [record["grad_norm"] for record in run.records],
+        "profile": json.loads((out / "profile.json").read_text(encoding="utf-8")),
     }
     if device.type == "cuda":
         figures["share_of_sustained"] = round(tokens_per_s * flops / SUSTAINED_FLOPS, 4)
