@@ -111,8 +111,10 @@ def measure(args: argparse.Namespace, room: Path, layout: str, first_gpu: int) -
         settings += [f"gpus={num_gpus(layout)}", *parts]
     command = [sys.executable, "-m", "qwench.cli", "pretrain", *settings]
     started = time.perf_counter()
-    visible = ",".join(str(first_gpu + number) for number in range(num_gpus(layout)))
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": visible}
+    known = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = known.split(",") if known else [str(number) for number in range(args.gpus)]
+    visible = gpus[first_gpu : first_gpu + num_gpus(layout)]
+    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(visible)}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     seconds = time.perf_counter() - started
     if done.returncode:
