@@ -28,12 +28,12 @@ from qwench.ops.dispatch import Implementation, Operation
 
 CHUNK_LOGITS = 1 << 25
 """Logits that "chunked" and `token_logprobs` hold at once (elements): 128 MiB in fp32."""
-CHUNK_TOKENS = 8192
+CHUNK_TOKENS = 4096
 """Most tokens of a chunk of "triton". Each chunk reads and writes the fp32 gradient of the weight once: 8 V D bytes
-beside 6 C V D operations, on an H200 (4.27 TB/s, 684 TFLOP/s) 214 / C of the products' time, whatever the model: 2.6 %
-for 8,192 tokens, 10 % for 2,048."""
-CHUNK_BYTES = 5 << 29
-"""Most bytes of logits of a chunk of "triton": 2.5 GiB, what 8,192 tokens x 152,064 in bf16 need."""
+beside 6 C V D operations, on an H200 (4.27 TB/s, 684 TFLOP/s) at most 214 / C of the products' time. Measured there,
+16,384 x 896 x 151,936: 24.6 ms and 1.4 GiB with 4,096 tokens, 25.4 ms and 2.6 GiB with 8,192."""
+CHUNK_BYTES = 5 << 28
+"""Most bytes of logits of a chunk of "triton": 1.25 GiB, what 4,096 tokens x 152,064 in bf16 need."""
 CHUNK_MULTIPLE = 256
 """Chunks are multiples of this many tokens, the tallest tile of the products."""
 

@@ -218,10 +218,10 @@ def test_gradients_are_given_away_once(name: str) -> None:
 
 
 def test_chunk_sizes() -> None:
-    assert triton_chunk_tokens(65_536, 151_936, 2) == 8192
-    assert triton_chunk_tokens(65_536, 152_064, 2) == 8192
-    assert triton_chunk_tokens(65_536, 151_936, 4) == 65_536 // 16
-    assert triton_chunk_tokens(10_000, 151_936, 2) == 5120  # two chunks of nearly the same size, not 8,192 and 1,808
+    assert triton_chunk_tokens(65_536, 151_936, 2) == 4096
+    assert triton_chunk_tokens(65_536, 152_064, 2) == 4096
+    assert triton_chunk_tokens(65_536, 151_936, 4) == 65_536 // 32
+    assert triton_chunk_tokens(5_000, 151_936, 2) == 2560  # two chunks of nearly the same size, not 4,096 and 904
     assert triton_chunk_tokens(100, 151_936, 2) == 256
     for num_tokens in (1, 255, 8193, 40_000):
         size = triton_chunk_tokens(num_tokens, 151_936, 2)
