@@ -103,7 +103,7 @@ def measure(args: argparse.Namespace, room: Path, layout: str, first_gpu: int) -
         f"out={out}", f"tokenizer={room / 'tokenizer'}", f"train_shards={room / 'shards'}", "attend_across=true",
         f"seq_len={args.seq_len}", f"loop.profile_step={args.warmup + args.steps + 1}",
         f"loop.steps={args.warmup + args.steps + NUM_STEPS}", f"loop.batch_rows={args.batch_rows}",
-        f"loop.micro_batch_rows={args.micro_batch_rows}", f"loop.device={args.device}", "schedule.warmup_steps=5",
+        f"loop.micro_batch_rows={args.micro_batch_rows}", f"loop.device={args.device}", "schedule.warmup_steps=50",
         "checkpoint.every_steps=1000000", *shape_arguments(args.shape), *args.set,
     ]  # fmt: skip
     if layout != "one":
