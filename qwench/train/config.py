@@ -31,19 +31,20 @@ class OptimConfig:
     """Applied to matrices only: norms and biases are left alone."""
     grad_clip: float = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
-    state_dtype: Literal["fp32", "bf16"] = "fp32"
-    """What AdamW's two states are kept in between steps: 8 or 4 bytes a parameter. Its arithmetic is fp32. bf16 wants
-    betas of at most 0.98. A run can be continued with the other one (resume=force): its states are cast."""
+    state_dtype: Literal["fp32", "bf16", "8bit"] = "fp32"
+    """What AdamW's two states are kept in between steps: 8, 4 or 2 bytes a parameter. Its arithmetic is fp32. bf16
+    wants betas of at most 0.98; 8bit rounds stochastically. A run can be continued with another one (resume=force):
+    its states are cast."""
 
     def __post_init__(self) -> None:
         if not 0 < self.lr < math.inf:
             raise ValueError(f"lr is {self.lr}; give a positive learning rate")
         if self.muon_lr is not None and not 0 < self.muon_lr < math.inf:
             raise ValueError(f"muon_lr is {self.muon_lr}; give a positive learning rate, or leave it out to take lr")
-        if self.state_dtype != "fp32" and max(self.betas) > LARGEST_HALF_BETA:
+        if self.state_dtype == "bf16" and max(self.betas) > LARGEST_HALF_BETA:
             raise ValueError(
                 f"betas are {self.betas}; optimiser states in bf16 need at most {LARGEST_HALF_BETA}, or set "
-                "state_dtype=fp32"
+                "state_dtype to fp32 or 8bit"
             )
         if self.grad_clip < 0 or self.weight_decay < 0:
             raise ValueError(

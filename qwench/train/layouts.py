@@ -217,7 +217,8 @@ R = TypeVar("R", bound=Recipe)
 def optimizer_kind(optim: OptimConfig) -> OptimizerKind:
     if optim.kind == "muon":
         return "muon"
-    return "adamw" if optim.state_dtype == "fp32" else "adamw-bf16"
+    kinds: dict[str, OptimizerKind] = {"fp32": "adamw", "bf16": "adamw-bf16", "8bit": "adamw-8bit"}
+    return kinds[optim.state_dtype]
 
 
 def _itemsize(loop: LoopConfig) -> int:

@@ -49,7 +49,7 @@ FRAGMENTATION = 0.04
 LIBRARY_BYTES = 96 << 20
 """Workspaces of cuBLAS on a GPU, which torch does count."""
 ONE_PROCESS = Layout()
-OptimizerKind = Literal["adamw", "adamw-bf16", "muon"]
+OptimizerKind = Literal["adamw", "adamw-bf16", "adamw-8bit", "muon"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +65,7 @@ class Workload:
     itemsize: int = 2
     """Bytes of an activation: 2 bf16, 4 fp32. Weights and gradients are fp32."""
     optimizer: OptimizerKind = "adamw"
-    """adamw-bf16 keeps its states in bf16; muon takes adamw for what is not a block's matrix."""
+    """adamw-bf16 and adamw-8bit keep their states in these; muon takes adamw for what is not a block's matrix."""
     remat: Remat = "none"
     compiled: bool = True
     copies: bool = True
@@ -301,8 +301,10 @@ def moments(work: Workload, rank: int = 0) -> Iterator[MemoryPlan]:
     held = blocks.shard + outer.shard
     weights = 4 * held
     copies = s * blocks.matrices if copied else 0
-    per_parameter = {"adamw": 8, "adamw-bf16": 4, "muon": 8}[work.optimizer]
+    per_parameter = {"adamw": 8, "adamw-bf16": 4, "adamw-8bit": 2, "muon": 8}[work.optimizer]
     optimizer = per_parameter * held
+    if work.optimizer == "adamw-8bit":  # a power of two for every 128 values of both states
+        optimizer += held // 64
     if work.optimizer == "muon":  # one momentum in fp32 for matrices
         optimizer -= 4 * round(blocks.shard * blocks.matrices / blocks.whole)
     kept = _kept_per_layer(work)

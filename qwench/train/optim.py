@@ -14,16 +14,18 @@ from torch import Tensor, nn
 
 from qwench.parallel.blocks import is_cut, is_second_copy, local_part
 from qwench.parallel.layout import Team
-from qwench.train.adamw import AdamWHalfStates
+from qwench.train.adamw import AdamWHalfStates, AdamWSmallStates
+from qwench.train.adamw_8bit import AdamW8bit
 from qwench.train.config import OptimConfig
 from qwench.train.guard import StepDecision
 
 STATE_NAMES = {
     torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
     AdamWHalfStates: {"step", "exp_avg", "exp_avg_sq"},
+    AdamW8bit: {"step", "exp_avg", "exp_avg_sq"},
     torch.optim.Muon: {"momentum_buffer"},
 }
-"""What each optimiser keeps for a parameter."""
+"""What each optimiser keeps for a parameter, as a checkpoint has it."""
 
 
 class Optimizers:
@@ -49,12 +51,12 @@ class Optimizers:
     @property
     def decides_on_device(self) -> bool:
         """Whether `step` can be called before the host knows if the step is to be skipped."""
-        return all(isinstance(member, torch.optim.AdamW | AdamWHalfStates) for member in self.members)
+        return all(isinstance(member, torch.optim.AdamW | AdamWSmallStates) for member in self.members)
 
     def step(self, decision: StepDecision | None = None) -> None:
         """Take the step, or what `decision` says of it: optimisers that cannot skip one must not be called for one."""
         for member in self.members:
-            if isinstance(member, torch.optim.AdamW | AdamWHalfStates):
+            if isinstance(member, torch.optim.AdamW | AdamWSmallStates):
                 # The attributes by which torch.amp.GradScaler speaks to them.
                 member.found_inf = decision.skip if decision is not None else None  # pyright: ignore[reportAttributeAccessIssue]
                 member.grad_scale = decision.divisor if decision is not None else None  # pyright: ignore[reportAttributeAccessIssue]
@@ -66,7 +68,7 @@ class Optimizers:
     def uncount(self) -> None:
         """The step just taken has turned out to be skipped: take back what was counted on the host."""
         for member in self.members:
-            if isinstance(member, AdamWHalfStates):
+            if isinstance(member, AdamWSmallStates):
                 member.uncount()
 
     def zero_grad(self) -> None:
@@ -74,7 +76,9 @@ class Optimizers:
             member.zero_grad(set_to_none=True)
 
     def state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        return self._owners[parameter].state[parameter]
+        """As a checkpoint has it; states in 8 bits come as new tensors, others as they are."""
+        owner = self._owners[parameter]
+        return owner.readable(parameter) if isinstance(owner, AdamWSmallStates) else owner.state[parameter]
 
     def state_names(self, parameter: nn.Parameter) -> set[str]:
         return STATE_NAMES[type(self._owners[parameter])]
@@ -82,6 +86,8 @@ class Optimizers:
     def state_dtype(self, parameter: nn.Parameter) -> torch.dtype:
         """Of the states that are laid out as the parameter is."""
         owner = self._owners[parameter]
+        if isinstance(owner, AdamW8bit):
+            return torch.bfloat16
         return owner.state_dtype if isinstance(owner, AdamWHalfStates) else parameter.dtype
 
     def set_state(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
@@ -107,7 +113,9 @@ def build_optimizer(model: nn.Module, optim: OptimConfig) -> Optimizers:
             )
         )
     groups = [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    if optim.state_dtype == "bf16":
+    if optim.state_dtype == "8bit":
+        members.append(AdamW8bit(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps))
+    elif optim.state_dtype == "bf16":
         members.append(AdamWHalfStates(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps))
     else:
         members.append(torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True))

@@ -179,13 +179,16 @@ def test_adamw(aligned: bool) -> None:
     from qwench.train import adamw_triton
 
     types = {
-        "tensors_ptr": "*i64", "numbers_ptr": "*fp32", "chunks_ptr": "*i64", "beta1": "fp32", "beta2": "fp32",
-        "eps": "fp32",
+        "tensors_ptr": "*i64", "numbers_ptr": "*fp32", "chunks_ptr": "*i64", "skip_ptr": "*fp32", "factor_ptr": "*fp32",
+        "beta1": "fp32", "beta2": "fp32", "eps": "fp32",
     }  # fmt: skip
-    constants = {"STATE": tl.bfloat16, "ALIGNED": aligned, "STEPS": 8, "BLOCK": 1024}
-    ptx = compiled(adamw_triton._adamw_kernel, types, constants, 4)
-    assert bool(re.search(r"ld\.global[.\w:]*\.v4\.b32", ptx)) == aligned
-    assert bool(re.search(r"st\.global[.\w:]*\.v4\.b32", ptx)) == aligned
+    for kernel, constants in (
+        (adamw_triton._adamw_kernel, {"STATE": tl.bfloat16, "ALIGNED": aligned, "STEPS": 8, "BLOCK": 1024}),
+        (adamw_triton._adamw_8bit_kernel, {"ALIGNED": aligned, "STEPS": 8, "RUNS": 8}),
+    ):
+        ptx = compiled(kernel, types, constants, 4)
+        assert bool(re.search(r"ld\.global[.\w:]*\.v4\.b32", ptx)) == aligned
+        assert bool(re.search(r"st\.global[.\w:]*\.v4\.b32", ptx)) == aligned
 
 
 def test_swiglu_backward() -> None:

@@ -19,7 +19,8 @@ from qwench.model.decoder import CausalLM
 from qwench.ops.attention import AttnMeta
 from qwench.ops.cross_entropy import linear_cross_entropy
 from qwench.ops.triton_launch import runs_triton
-from qwench.train.adamw import AdamWHalfStates, _update
+from qwench.train.adamw import AdamWHalfStates, next_states
+from qwench.train.adamw_8bit import RUN, AdamW8bit, decode, encode, seed_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 KERNELS = runs_triton(DEVICE)
@@ -77,8 +78,72 @@ def test_states_that_would_stand_still_are_refused() -> None:
         AdamWHalfStates([nn.Parameter(torch.zeros(2))], 1e-3, betas=(0.9, 0.999))
 
 
+# -------------------------------------------------------------------------------------------------------------- 8 bits
+def spread(num: int, seed: int = 0) -> torch.Tensor:
+    """Values of magnitudes between 1e-12 and 10, some zero, of both signs."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(num, generator=generator) * 10 ** (torch.rand(num, generator=generator) * 13 - 12)
+    return torch.where(torch.rand(num, generator=generator) < 0.05, 0.0, values)
+
+
+@pytest.mark.parametrize("num", [1, RUN, 5 * RUN + 3])
+@pytest.mark.parametrize("seed", [None, 7])
+def test_8_bits_survive_a_checkpoint(num: int, seed: int | None) -> None:
+    """Values go through bf16, and as squares, and come back as the same codes."""
+    values = torch.randn(num, generator=torch.Generator().manual_seed(num)) * 1e-4
+    codes, exponents = encode(values, seed)
+    assert (codes.shape, exponents.shape) == ((num,), (-(-num // RUN),))
+    kept = decode(codes, exponents)
+    assert torch.equal(kept.bfloat16().float(), kept)
+    again = encode(kept, None)
+    assert torch.equal(decode(*again), kept)
+    roots = decode(*encode(values.abs(), seed, never_zero=True))
+    assert torch.equal(roots.square().bfloat16().float().sqrt(), roots)
+    assert torch.equal(decode(*encode(roots, None, never_zero=True)), roots)
+
+
+def test_8_bits_keep_a_sixteenth_or_an_eighth() -> None:
+    """To nearest within 1/16 of a value, stochastically within 1/8, for all within 2^13 of the largest of 128."""
+    values = spread(4096)
+    near = values.abs() > values.abs().view(-1, RUN).amax(1).repeat_interleave(RUN) * 2.0**-13
+    assert near.float().mean() > 0.2
+    for seed, share in ((None, 1 / 16), (3, 1 / 8)):
+        off = (decode(*encode(values, seed)) - values).abs() / values.abs()
+        assert float(off[near].max()) <= share * 1.001
+    assert not decode(*encode(torch.zeros(300), 1)).any()
+    assert bool((decode(*encode(values.abs(), 5, never_zero=True))[values != 0] > 0).all())
+
+
+def test_rounding_in_8_bits_has_no_drift() -> None:
+    """The mean over 2,000 seeds is the value, and different parameters and steps round differently."""
+    values = spread(RUN, seed=4)
+    values[0] = 200.0  # fixes the scale; the largest itself is cut at 240
+    values[1:] = values[1:].sign() * values[1:].abs().clamp(0.02, 100)
+    seeds = [seed_of(step, number) for step in range(500) for number in range(4)]
+    assert len(set(seeds)) == len(seeds)
+    rounded = torch.stack([decode(*encode(values, seed)) for seed in seeds])
+    off = (rounded.mean(0) - values).abs() / values.abs().clamp(min=1e-9)
+    assert float(off[1:].max()) < 0.012, "an eighth / sqrt(12 * 2000) is 0.0008, and four times that for the smallest"
+    assert len({tuple(row.tolist()) for row in rounded}) == len(seeds)
+
+
+def test_8_bit_states_learn_as_well(tiny_config: ModelConfig, make_model: Callable[..., CausalLM]) -> None:
+    small, full = make_model(tiny_config, std=0.02), make_model(tiny_config, std=0.02)
+    optimizer = AdamW8bit(groups(small), 1e-3)
+    got = train(small, optimizer, 200)
+    want = train(full, torch.optim.AdamW(groups(full), 1e-3, betas=(0.9, 0.95), eps=1e-8, fused=True), 200)
+    assert want[-1] < 1.0
+    for step in (50, 100, 150, 199):
+        assert got[step] == pytest.approx(want[step], rel=0.06)
+    state = optimizer.state[small.lm_head.weight]
+    assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.uint8
+    readable = optimizer.readable(small.lm_head.weight)
+    assert readable["exp_avg_sq"].dtype == torch.bfloat16
+    assert readable["exp_avg_sq"].shape == small.lm_head.weight.shape
+
+
 # ---------------------------------------------------------------------------------------------------------- the kernel
-def test_kernel_in_the_interpreter() -> None:
+def test_kernels_in_the_interpreter() -> None:
     """In a process of its own; in fp32, since the interpreter cuts bf16 instead of rounding."""
     if KERNELS or importlib.util.find_spec("triton") is None:
         pytest.skip("the kernel runs in this process, or Triton is not installed")
@@ -88,7 +153,7 @@ def test_kernel_in_the_interpreter() -> None:
         command, env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=root, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert done.stdout.startswith(".."), "both have run"
+    assert done.stdout.startswith("..."), "all have run"
 
 
 @pytest.mark.skipif(not KERNELS, reason="no GPU; the interpreter's run of this file covers it")
@@ -107,7 +172,9 @@ def test_one_launch_for_all(state: torch.dtype) -> None:
         numbers.append((0.1 * (index + 1), 0.5 + 0.05 * index, 0.99 - 0.01 * index))
     want = [tuple(x.clone() for x in four) for four in tensors]
     for (p, grad, mean, square), its_numbers in zip(want, numbers, strict=True):
-        _update(p, grad * 0.5, mean, square, *its_numbers, 0.9, 0.95, 1e-8)
+        new = next_states(p, grad * 0.5, mean.float(), square.float(), *its_numbers, 0.9, 0.95, 1e-8)
+        mean.copy_(new[0])
+        square.copy_(new[1])
     adamw_(tensors, numbers, 0.9, 0.95, 1e-8, skip=torch.ones((), device=DEVICE))
     adamw_(tensors, numbers, 0.9, 0.95, 1e-8, factor=torch.full((), 0.5, device=DEVICE))
     for got_four, want_four in zip(tensors, want, strict=True):
@@ -129,3 +196,35 @@ def test_one_launch_is_the_optimiser() -> None:
         theirs.step()
     for a, b in zip(ours.parameters(), torchs.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.skipif(not KERNELS, reason="no GPU; the interpreter's run of this file covers it")
+def test_one_launch_in_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same weights as without a kernel, and the same codes but where a product was rounded otherwise."""
+    from qwench.train.adamw_triton import CHUNK
+
+    def steps(device: torch.device) -> tuple[list[nn.Parameter], AdamW8bit]:
+        """Three, the second of which is skipped."""
+        generator = torch.Generator().manual_seed(0)
+        mine = [nn.Parameter(torch.randn(size, generator=generator).to(device)) for size in sizes]
+        optimizer = AdamW8bit(mine, 0.01, weight_decay=0.1)
+        for step in range(3):
+            for parameter in mine:
+                parameter.grad = (torch.randn(parameter.shape, generator=generator) * 1e-3).to(device)
+            optimizer.found_inf = torch.full((), float(step == 1), device=device)
+            optimizer.grad_scale = torch.full((), 2.0, device=device)
+            optimizer.step()
+            if step == 1:
+                optimizer.uncount()
+        return mine, optimizer
+
+    sizes = [1, 0, CHUNK - 1, CHUNK, 2 * CHUNK + 130, 64]
+    got, ours = steps(DEVICE)
+    monkeypatch.setattr("qwench.train.adamw_8bit.runs_triton", lambda device: False)
+    want, plain = steps(torch.device("cpu"))
+    for left, right in zip(got, want, strict=True):
+        torch.testing.assert_close(left.cpu(), right, rtol=1e-4, atol=1e-6)
+        for name in ("exp_avg", "exp_avg_sq"):
+            codes = ours.state[left][name].cpu()
+            differ = int((codes != plain.state[right][name]).sum())
+            assert differ <= 2 + codes.numel() // 500, f"{differ} of {codes.numel()} codes of {name}"

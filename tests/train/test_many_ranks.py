@@ -48,6 +48,8 @@ LAYOUTS = {
     "shard 2 x tensor 2": ["gpus=4", "parallel.tensor=2"],
     "shard 2 x context 2": ["gpus=4", "parallel.context=2"],
     "replicate 2 x shard 2": ["gpus=4", "parallel.replicate=2", "parallel.shard=2"],
+    "replicate 2 x tensor 2": ["gpus=4", "parallel.replicate=2", "parallel.tensor=2"],
+    "replicate 2 x context 2": ["gpus=4", "parallel.replicate=2", "parallel.context=2"],
     "pipeline 2": ["gpus=2", "parallel.pipeline=2"],
 }
 FILES = ("model/model.safetensors", "optimizer.safetensors", "state.json")

@@ -100,7 +100,10 @@ def test_clipping(limit: float, clipped: bool, model) -> None:
     assert float(decision.divisor) == pytest.approx(norm / limit if clipped else 1.0)
 
 
-@pytest.mark.parametrize("optim", [OptimConfig(), OptimConfig(state_dtype="bf16"), OptimConfig(kind="muon")])
+@pytest.mark.parametrize(
+    "optim",
+    [OptimConfig(), OptimConfig(state_dtype="bf16"), OptimConfig(state_dtype="8bit"), OptimConfig(kind="muon")],
+)
 def test_a_step_takes_clipped_gradients(optim: OptimConfig, model, make_model) -> None:
     """The same as gradients that were divided before."""
     other = make_model(model.config)
@@ -119,7 +122,7 @@ def test_a_step_takes_clipped_gradients(optim: OptimConfig, model, make_model) -
         torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("state_dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("state_dtype", ["fp32", "bf16", "8bit"])
 def test_a_skipped_step_changes_nothing(state_dtype, model) -> None:
     optimizer = build_optimizer(model, OptimConfig(state_dtype=state_dtype))
     assert optimizer.decides_on_device

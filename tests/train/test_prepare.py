@@ -108,11 +108,12 @@ def test_what_is_kept_does_not_matter(remat: str, train, tmp_path: Path) -> None
     assert provenance(tmp_path / remat)["remat"] == remat
 
 
-def test_resumed_with_everything_on(train, backend, tmp_path: Path) -> None:
-    """Compiled blocks, bf16 copies and states, z-loss: interrupted and continued, the same bits."""
+@pytest.mark.parametrize("state_dtype", ["bf16", "8bit"])
+def test_resumed_with_everything_on(state_dtype: str, train, backend, tmp_path: Path) -> None:
+    """Compiled blocks, bf16 copies, small states, z-loss: interrupted and continued, the same bits."""
     further = (
         "loop.compile=on", "loop.precision=bf16", "loop.micro_batch_rows=2", "loop.z_loss=1e-3",
-        "optim.state_dtype=bf16", "checkpoint.every_steps=3", "checkpoint.keep_last=2",
+        f"optim.state_dtype={state_dtype}", "checkpoint.every_steps=3", "checkpoint.keep_last=2",
     )  # fmt: skip
     train("straight", *further)
     train("broken", *further)
