@@ -23,6 +23,8 @@ from qwench.train.optim import (
 )
 from qwench.types import Sample
 
+DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+
 
 @pytest.fixture(params=["tied", "untied"])
 def model(request, make_model, tiny_config):
@@ -32,7 +34,7 @@ def model(request, make_model, tiny_config):
 def give_gradients(model, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
-        parameter.grad = torch.randn(parameter.shape, generator=generator)
+        parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.device)
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
@@ -104,10 +106,13 @@ def test_clipping(limit: float, clipped: bool, model) -> None:
     "optim",
     [OptimConfig(), OptimConfig(state_dtype="bf16"), OptimConfig(state_dtype="8bit"), OptimConfig(kind="muon")],
 )
-def test_a_step_takes_clipped_gradients(optim: OptimConfig, model, make_model) -> None:
+@DEVICES
+def test_a_step_takes_clipped_gradients(optim: OptimConfig, device: str, model, make_model) -> None:
     """The same as gradients that were divided before."""
     other = make_model(model.config)
     other.load_state_dict(model.state_dict())
+    model.to(device)
+    other.to(device)
     divided, told = build_optimizer(other, optim), build_optimizer(model, optim)
     for _ in range(2):
         for net in (model, other):
@@ -116,14 +121,16 @@ def test_a_step_takes_clipped_gradients(optim: OptimConfig, model, make_model) -
             assert parameter.grad is not None
             parameter.grad /= 8
         divided.step()
-        told.step(StepDecision(torch.zeros(()), torch.full((), 8.0)))
+        told.step(StepDecision(torch.zeros((), device=device), torch.full((), 8.0, device=device)))
     pairs = zip(model.parameters(), other.parameters(), strict=True)
     for left, right in pairs:
         torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("state_dtype", ["fp32", "bf16", "8bit"])
-def test_a_skipped_step_changes_nothing(state_dtype, model) -> None:
+@DEVICES
+def test_a_skipped_step_changes_nothing(state_dtype, device: str, model) -> None:
+    model.to(device)
     optimizer = build_optimizer(model, OptimConfig(state_dtype=state_dtype))
     assert optimizer.decides_on_device
     give_gradients(model)
@@ -132,7 +139,7 @@ def test_a_skipped_step_changes_nothing(state_dtype, model) -> None:
     states = {name: value.clone() for name, value in tensors_of(model, optimizer).items()}
     for parameter in model.parameters():
         parameter.grad = torch.full_like(parameter, math.nan)
-    optimizer.step(StepDecision(torch.ones(()), torch.full((), math.nan)))
+    optimizer.step(StepDecision(torch.ones((), device=device), torch.full((), math.nan, device=device)))
     optimizer.uncount()
     assert all(torch.equal(left, right) for left, right in zip(before, model.parameters(), strict=True))
     assert all(torch.equal(states[name], value) for name, value in tensors_of(model, optimizer).items())
@@ -140,14 +147,16 @@ def test_a_skipped_step_changes_nothing(state_dtype, model) -> None:
 
 @pytest.mark.parametrize("loss", [1.0, math.nan, math.inf])
 @pytest.mark.parametrize("norm", [0.0, 1.0, 9.0, 11.0, math.inf, math.nan])
-def test_device_and_host_decide_alike(loss: float, norm: float) -> None:
+@DEVICES
+def test_device_and_host_decide_alike(loss: float, norm: float, device: str) -> None:
     """A limit of ten times the median of 1, and none at the beginning."""
     for num_norms in (0, 20):
         guard = Guard(GuardConfig(grad_norm_factor=10.0, window_steps=20))
         for _ in range(num_norms):
             assert guard.verdict(1.0, 1.0) is None
-        squares = torch.tensor(norm, dtype=torch.float64).square()
-        decision = decide(torch.tensor(loss, dtype=torch.float64), squares, guard.largest_norm, 1.0)
+        squares = torch.tensor(norm, dtype=torch.float64, device=device).square()
+        decision = decide(torch.tensor(loss, dtype=torch.float64, device=device), squares, guard.largest_norm, 1.0)
+        assert float(decision.divisor) == max(1.0, norm) or not math.isfinite(norm)
         assert bool(decision.skip) == (guard.verdict(loss, norm) is not None)
 
 
