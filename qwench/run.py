@@ -60,7 +60,8 @@ class Run:
 
     `resume="auto"` continues a directory of the same recipe and refuses one of another recipe; "force" continues
     with the new recipe; "never" refuses any directory that already holds a run. A directory in which nothing has been
-    recorded or saved yet holds no run.
+    recorded or saved yet holds no run. What "force" changes is written down with the first record: a run that cannot go
+    on with the new recipe keeps its old one.
     """
 
     def __init__(self, path: Path, recipe: Any, stage: str, resume: Resume = "auto") -> None:
@@ -69,7 +70,9 @@ class Run:
         self._lock = _lock(path)
         try:
             refuse_other_run(path, recipe, resume)
-            write_atomically(path / "config.toml", config.dump(recipe))
+            self._config: str | None = config.dump(recipe)
+            if resume != "force" or not (path / "config.toml").exists():
+                self._write_config()
             _cut_half_line(path / "metrics.jsonl")
         except BaseException:
             self._lock.close()
@@ -82,8 +85,14 @@ class Run:
         self.listeners: list[Callable[[dict[str, Any]], None]] = []
         """Get every record as it is written; they return at once and raise nothing."""
 
+    def _write_config(self) -> None:
+        if self._config is not None:
+            write_atomically(self.path / "config.toml", self._config)
+            self._config = None
+
     def record(self, **values: Any) -> None:
         """Append one line to metrics.jsonl; it reaches the file at once. Numbers that JSON lacks (NaN) become null."""
+        self._write_config()
         record = {"time": round(time.time(), 3), **_finite(values)}
         self._metrics.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
         self._metrics.flush()
@@ -99,6 +108,7 @@ class Run:
         self._metrics = path.open("a", encoding="utf-8")
 
     def write_provenance(self, **extra: Any) -> None:
+        self._write_config()
         write_atomically(self.path / "provenance.json", json.dumps(provenance() | extra, indent=2) + "\n")
 
     def close(self) -> None:
@@ -111,7 +121,9 @@ class Run:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        if error is not None and not isinstance(error, KeyboardInterrupt):
+        if error is None:
+            self._write_config()
+        elif not isinstance(error, KeyboardInterrupt):
             log.error("the run stopped", exc_info=error)
         self.close()
 

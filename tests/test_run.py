@@ -114,6 +114,20 @@ def test_changed_recipe(changed: Recipe, names: str, tmp_path: Path) -> None:
     assert steps(tmp_path) == [1, 2]
 
 
+def test_a_run_that_cannot_go_on_keeps_its_recipe(tmp_path: Path) -> None:
+    began(tmp_path)
+    before = (tmp_path / "config.toml").read_text()
+    changed = Recipe(text="b")
+    with pytest.raises(OSError, match="checkpoint"), Run(tmp_path, changed, "test", "force"):
+        raise OSError("no checkpoint of this model")
+    assert (tmp_path / "config.toml").read_text() == before
+    with Run(tmp_path, changed, "test", "force") as run:
+        assert (tmp_path / "config.toml").read_text() == before
+        run.record(step=3)
+        assert (tmp_path / "config.toml").read_text() != before
+    assert config.read_toml(tmp_path / "config.toml")["text"] == "b"
+
+
 def test_the_same_run_by_another_name(tmp_path: Path) -> None:
     """Another spelling of the directory's path, or of `resume`, is no change of the recipe."""
     began(tmp_path)
