@@ -197,6 +197,8 @@ def compare(args: argparse.Namespace, recipe: PretrainConfig) -> None:
     lines = (args.room / "transformers" / "metrics.jsonl").read_text().splitlines()
     theirs = {line["step"]: line for line in map(json.loads, lines)}
     steps = sorted(ours.keys() & theirs.keys())
+    if len(steps) < 4 * MEAN_STEPS:
+        raise SystemExit(f"both have taken {len(steps)} steps; a comparison needs {4 * MEAN_STEPS}")
     tokens = args.batch_rows * args.seq_len
     curves = {
         "qwench": means([ours[step]["loss"] for step in steps]),
