@@ -24,10 +24,18 @@ COMMANDS = {
         "qwench.tokenizer.commands:main", "train, import and inspect tokenizers; encode text to shards"
     ),
     "tokenizer encode": Command("qwench.data.encode:main", ""),
+    "data": Command("qwench.data.pipeline.command:main", "documents to clean, deduplicated, mixed token shards"),
+    "mixture": Command("qwench.train.mixture_proxy:main", "shares for a mixture, from small models on variants"),
+    "classifier": Command(
+        "qwench.data.classifier_command:main", "train, apply and measure scorers of text: quality, safety, domain"
+    ),
+    "classifier label": Command("qwench.engine.label_command:main", ""),
     "pretrain": Command("qwench.train.pretrain:main", "next-token training on token shards"),
     "plan": Command("qwench.train.plan_command:main", "memory, operations and layout of a pretraining recipe"),
     "sft": Command("qwench.train.sft:main", "supervised fine-tuning on conversations"),
-    "report": Command("qwench.train.report:main", "report.html of a training run: curves, profile, recipe"),
+    "report": Command(
+        "qwench.train.report:main", "report.html of a training run (curves, profile) or data run (drops, mixture)"
+    ),
     "follow": Command("qwench.train.trackers:main", "give a run's records to TensorBoard, wandb or trackio"),
     "chat": Command("qwench.engine.chat:main", "talk to a model in the terminal"),
     "serve": Command("qwench.serve.command:main", "OpenAI-compatible server, with a chat page"),
@@ -39,6 +47,8 @@ COMMANDS = {
 SCHEMAS = {
     "pretrain": "qwench.train.config:PretrainConfig",
     "sft": "qwench.train.config:SFTConfig",
+    "data": "qwench.data.pipeline.recipe:DataConfig",
+    "mixture": "qwench.train.mixture_proxy:MixtureProxyConfig",
     "demo": "qwench.demo.config:DemoConfig",
     "model": "qwench.model.config:ModelConfig",
 }

@@ -35,6 +35,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 T = TypeVar("T")
 
+NAME = "NAME"
+"""What a section is called in messages and help whose name is the user's."""
 RECIPES = Path(__file__).parent / "recipes"
 """Recipes that ship with the package; their names can be given without path and suffix."""
 
@@ -167,6 +169,30 @@ def _under(schema: type, table: dict[str, Any], stage: Any) -> dict[str, Any]:
 def _explain(schema: type, problem: Any) -> str:
     # pydantic marks the chosen member of a union in the location; those marks are no keys of the user's.
     location = [str(part) for part in problem["loc"] if "[" not in str(part)]
+    location, names = _nameless(schema, location)
+    message = _message(schema, problem, location)
+    for name in names:
+        message = message.replace(f".{NAME}.", f".{name}.")
+    return message
+
+
+def _nameless(schema: type, location: list[str]) -> tuple[list[str], list[str]]:
+    """A location with NAME in the place of names of sections that are the user's, and these."""
+    inner: type | None = schema
+    result, names = list(location), []
+    for place, part in enumerate(location):
+        if result[place] == NAME or inner is None:
+            continue
+        hint = typing.get_type_hints(inner).get(part)
+        table = _table_class(hint)
+        if table is not None and place + 2 < len(location):
+            names.append(location[place + 1])
+            result[place + 1] = NAME
+        inner = table or _config_class(hint)
+    return result, names
+
+
+def _message(schema: type, problem: Any, location: list[str]) -> str:
     dotted = ".".join(location)
     if problem["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
         known = dict(_keys(schema))
@@ -199,12 +225,23 @@ def _config_class(hint: Any) -> type | None:
     return None
 
 
+def _table_class(hint: Any) -> type | None:
+    """The dataclass in `dict[str, Source]`, a table of sections whose names are the user's, or None."""
+    arguments = typing.get_args(hint)
+    if typing.get_origin(hint) is dict and len(arguments) == 2 and dataclasses.is_dataclass(arguments[1]):
+        return typing.cast(type, arguments[1])
+    return None
+
+
 def _keys(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any]]]:
+    """Every key; sections whose names are the user's are called NAME."""
     hints = typing.get_type_hints(schema)
     for field in dataclasses.fields(schema):
         yield prefix + field.name, field
         if nested := _config_class(hints[field.name]):
             yield from _keys(nested, f"{prefix}{field.name}.")
+        elif nested := _table_class(hints[field.name]):
+            yield from _keys(nested, f"{prefix}{field.name}.{NAME}.")
 
 
 def field_docs(schema: type) -> dict[str, str]:
@@ -259,6 +296,9 @@ def describe(schema: type, path: tuple[str, ...] = (), stage: Any = None) -> str
     for field in dataclasses.fields(schema):
         if field in nested:
             continue
+        if _table_class(hints[field.name]):
+            lines.append(f"# {field.name} = {{}}    sections of your own, see {'.'.join((*path, field.name, NAME))}")
+            continue
         lines += [f"# {line}" for line in docs.get(field.name, "").splitlines()]
         default = _default(field) if stage is None else getattr(stage, field.name)
         if default is dataclasses.MISSING:
@@ -278,6 +318,12 @@ def describe(schema: type, path: tuple[str, ...] = (), stage: Any = None) -> str
             section = [line if not line or line.startswith("#") else f"# {line}" for line in section]
             section[0] += "    unset"
         lines += section
+    for field in dataclasses.fields(schema):
+        if inner := _table_class(hints[field.name]):
+            lines += ["", *(f"# {line}" for line in docs.get(field.name, "").splitlines())]
+            section = [f"[{'.'.join((*path, field.name, NAME))}]"]
+            section += describe(inner, (*path, field.name, NAME)).splitlines()
+            lines += [line if not line or line.startswith("#") else f"# {line}" for line in section]
     return "\n".join(lines) + "\n"
 
 

@@ -35,7 +35,7 @@ from qwench import __version__, config
 log = logging.getLogger("qwench.run")
 console = Console(stderr=True)
 
-PACKAGES = ("torch", "numpy", "tokenizers", "gigatoken", "safetensors", "pydantic")
+PACKAGES = ("torch", "numpy", "tokenizers", "gigatoken", "safetensors", "pydantic", "pyarrow", "daft")
 Resume = Literal["auto", "force", "never"]
 NOT_THE_RECIPE = (
     "out",

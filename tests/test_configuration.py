@@ -299,7 +299,7 @@ def default_of(schema: Any, parts: list[str]) -> Any:
         return value
     if dataclasses.is_dataclass(value):
         for part in parts[1:]:
-            value = getattr(value, part)
+            value = value[part] if isinstance(value, dict) else getattr(value, part)
         return value
     inner = config._config_class(typing.get_type_hints(schema)[parts[0]])
     return default_of(inner, parts[1:])

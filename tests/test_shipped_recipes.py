@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qwench import config
+from qwench.data.pipeline.recipe import DataConfig
 from qwench.model.decoder import CausalLM
 from qwench.model.flops import num_parameters
 from qwench.model.presets import preset
@@ -32,6 +33,10 @@ TOKENS = {"qwen": 3.0e12, "qwen-1.8b": 2.2e12, "qwen2": 7e12, "qwen2-0.5b": 12e1
 
 @pytest.mark.parametrize("name", NAMES)
 def test_recipe_loads_by_its_bare_name(name: str) -> None:
+    if name.startswith("data_"):
+        recipe = config.load(DataConfig, [name, "out=x", "tokenizer=x", 'sources.web.paths=["x"]'])
+        assert recipe.sources["web"].kind == "web"
+        return
     if name.startswith("sft-"):
         recipe = config.load(SFTConfig, [name, *SFT])
         assert recipe.optim.lr < 1e-4

@@ -1,57 +1,32 @@
-"""Reading documents from files and folders, writing them as JSONL.
+"""Reading documents from files, folders and URLs, writing them as JSONL.
 
-What is read: plain text and markup (.txt .md .rst ...), source code, HTML (as text), JSON lines (.jsonl, .ndjson) and
-Parquet; text and JSON lines also compressed (.gz, .zst). Files are streamed in sorted order, so the same folder gives
-the same documents in the same order everywhere. A file or record that holds no readable text is skipped with a
-recorded reason, never silently and never with a crash. Cleaning is not done here (`data.text`), duplicates stay
-(`data.dedup`).
+What is read: plain text and markup (.txt .md .rst ...), source code, notebooks, HTML pages, JSON lines (.jsonl,
+.ndjson), Parquet, WARC and WET archives, Wikipedia-style XML dumps; all but Parquet also compressed (.gz .zst .bz2
+.xz). Files are streamed in sorted order, so the same folder gives the same documents in the same order everywhere. A
+file, page or record that cannot be read is skipped with a recorded reason, never silently and never with a crash, and
+the rest goes on. Cleaning is not done here (`data.prepare`), duplicates stay (`data.dedup`).
 """
 
 from __future__ import annotations
 
-import gzip
+import dataclasses
 import io
 import json
 import os
-import re
 import tokenize
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any, BinaryIO, cast
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
 
-from qwench.data.html import html_to_text
+from qwench.data.html import decode_html, html_to_text
+from qwench.data.inputs import JSONL_SUFFIXES, InputFile, Skipped, find_inputs, format_of, suffix_of
+from qwench.data.opening import READ_ERRORS, ReadLimits, compressor, decompressed, open_raw, read_lines
+from qwench.data.source_code import language_of_file, licence_of_header
 from qwench.types import Document
 
-_TEXT = ".txt .text .md .markdown .rst .adoc .org .tex .pod .srt .po"
-_CODE = (
-    ".py .pyi .pyx .c .h .cc .cpp .cxx .hpp .hh .cu .cuh .java .kt .scala .groovy .js .mjs .jsx .ts .tsx .go .rs .rb "
-    ".php .pl .pm .lua .r .jl .m .mm .swift .cs .fs .vb .hs .ml .mli .erl .ex .exs .clj .lisp .el .scm .sh .bash .zsh "
-    ".fish .ps1 .bat .sql .css .scss .less .vue .proto .cmake .toml .yaml .yml .ini .cfg .nix .tf .dart .zig .v .sv "
-    ".vhd .asm .s .f .f90 .pas .d .nim .sol .glsl .ipynb"
-)
-_NAMES = "readme license licence copying notice authors news changes changelog makefile dockerfile"
-TEXT_SUFFIXES = frozenset(_TEXT.split())
-CODE_SUFFIXES = frozenset(_CODE.split())
-TEXT_NAMES = frozenset(_NAMES.split())
-"""Files without suffix that are read as text."""
-HTML_SUFFIXES = frozenset((".html", ".htm", ".xhtml"))
-JSONL_SUFFIXES = frozenset((".jsonl", ".ndjson"))
-PARQUET_SUFFIXES = frozenset((".parquet",))
-COMPRESSED_SUFFIXES = frozenset((".gz", ".zst"))
-
-_SKIPPED_FOLDERS = frozenset(("__pycache__", "node_modules"))
 _TEXT_FIELDS = ("text", "content")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Skipped:
-    """What was not read, and why: `Skipped(id="docs/logo.txt", reason="binary (NUL bytes)")`."""
-
-    id: str
-    reason: str
 
 
 @dataclass(slots=True)
@@ -62,6 +37,22 @@ class InputPosition:
     total_bytes: int = 0
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Reading:
+    """How files are read, the same for all of them."""
+
+    fields: tuple[str, ...]
+    problems: list[Skipped]
+    limits: ReadLimits
+    piece_bytes: int
+    position: InputPosition
+    by_offset: bool = False
+    """Records without an id are named by their offset ("a.jsonl@4711") instead of their line ("a.jsonl:12")."""
+
+    def skip(self, place: str, reason: str) -> None:
+        self.problems.append(Skipped(id=place, reason=reason))
+
+
 def read_documents(
     paths: Iterable[str | Path],
     *,
@@ -69,6 +60,7 @@ def read_documents(
     skipped: list[Skipped] | None = None,
     piece_bytes: int = 1 << 20,
     position: InputPosition | None = None,
+    limits: ReadLimits | None = None,
 ) -> Iterator[Document]:
     """Documents of files and folders (recursive, sorted; hidden files and links to folders are left out).
 
@@ -80,53 +72,84 @@ def read_documents(
     Raises ValueError at the call if a path does not exist or nothing has a readable kind of file, and at the end of the
     iteration if no file held any text.
     """
-    fields = (text_field,) if isinstance(text_field, str) else tuple(text_field)
-    given = [Path(path) for path in paths]
+    given = list(paths)
     problems: list[Skipped] = [] if skipped is None else skipped
     if not given:
         raise ValueError("no documents given; name files or folders with text, source code, HTML, .jsonl or .parquet")
-    for path in given:
-        if not path.exists():
-            raise ValueError(f"{path} does not exist; give a file or folder with documents")
     first_problem = len(problems)
-    files = list(_find_files(given, problems))
+    files = find_inputs(given, problems)
     shown = ", ".join(str(path) for path in given[:3]) + (" ..." if len(given) > 3 else "")
     if not files:
         raise ValueError(
             f"no readable documents in {shown}{_summary(problems[first_problem:])}; looked for text (.txt, .md, ...), "
-            f"source code, .html, .jsonl and .parquet files"
+            f"source code, .html, .jsonl, .parquet and .warc files"
         )
-    position = position or InputPosition()
-    position.total_bytes = sum(file.stat().st_size for _, file in files if file.exists())
-    return _read_all(files, fields, problems, first_problem, piece_bytes, shown, position)
+    reading = _Reading(
+        fields=(text_field,) if isinstance(text_field, str) else tuple(text_field),
+        problems=problems,
+        limits=limits or ReadLimits(),
+        piece_bytes=piece_bytes,
+        position=position or InputPosition(),
+    )
+    reading.position.total_bytes = sum(file.num_bytes for file in files)
+    return _read_all(files, reading, first_problem, shown)
 
 
-def _read_all(
-    files: Sequence[tuple[str, Path]],
-    fields: tuple[str, ...],
-    problems: list[Skipped],
-    first_problem: int,
-    piece_bytes: int,
-    shown: str,
-    position: InputPosition,
-) -> Iterator[Document]:
+def _read_all(files: Sequence[InputFile], reading: _Reading, first_problem: int, shown: str) -> Iterator[Document]:
     found = False
-    for name, path in files:
+    position = reading.position
+    for file in files:
         before = position.done_bytes
-        try:
-            for document in _read_file(name, path, fields, problems, piece_bytes, position):
-                if document.text.strip():
-                    found = True
-                    yield document
-                else:
-                    problems.append(Skipped(id=document.id, reason="empty"))
-        except (OSError, EOFError, UnicodeError, _Unreadable) as error:
-            problems.append(Skipped(id=name, reason=_reason(error)))
-        position.done_bytes = before + (path.stat().st_size if path.exists() else 0)
+        for document in _read_safely(file, reading, 0, None):
+            found = True
+            yield document
+        position.done_bytes = before + file.num_bytes
     if not found:
         raise ValueError(
-            f"no text in the {len(files)} files of {shown}{_summary(problems[first_problem:])}; give files with text"
+            f"no text in the {len(files)} files of {shown}{_summary(reading.problems[first_problem:])}; "
+            "give files with text"
         )
+
+
+def read_item(item: Mapping[str, Any], problems: list[Skipped], limits: ReadLimits | None = None) -> Iterator[Document]:
+    """Documents of one item of work, a JSON-able table:
+
+        {"files": [{"name": "web/a.jsonl", "path": "/data/web/a.jsonl", "format": "records", "start": 0, "stop": 9}],
+         "source": "web", "kind": "", "lang": "", "text_field": ["text"]}
+
+    Only "files" with their "name" and "path" is needed. `start` (first) and `stop` (after the last) are bytes or row
+    groups (see `InputFile.pieces`), absent for whole files. `source`, `kind` and `lang` win over what the reader finds
+    when they are not "". Records without an id are named by their offset ("web/a.jsonl@4711"), so that ids do not
+    depend on how files are cut. Nothing raises for what the data is like: a broken or vanished file is appended to
+    `problems` and the next one read.
+    """
+    field = item.get("text_field") or _TEXT_FIELDS
+    reading = _Reading(
+        fields=(field,) if isinstance(field, str) else tuple(field),
+        problems=problems,
+        limits=limits or ReadLimits(),
+        piece_bytes=1 << 20,
+        position=InputPosition(),
+        by_offset=True,
+    )
+    labels = {key: item[key] for key in ("source", "kind", "lang") if item.get(key)}
+    for part in item["files"]:
+        kind = part.get("format") or format_of(part["path"]) or "text"
+        file = InputFile(name=part["name"], path=part["path"], format=kind, num_bytes=0)
+        for document in _read_safely(file, reading, part.get("start") or 0, part.get("stop")):
+            yield dataclasses.replace(document, **labels) if labels else document
+
+
+def _read_safely(file: InputFile, reading: _Reading, start: int, stop: int | None) -> Iterator[Document]:
+    """Documents with text; whatever goes wrong ends the file with a recorded reason."""
+    try:
+        for document in _read_file(file, reading, start, stop):
+            if document.text and not document.text.isspace():
+                yield document
+            else:
+                reading.skip(document.id, "empty")
+    except (*READ_ERRORS, _Unreadable) as error:
+        reading.skip(file.name, _reason(error))
 
 
 class _Unreadable(Exception):
@@ -138,6 +161,8 @@ def _reason(error: Exception) -> str:
         return "undecodable (not UTF-8)"
     if isinstance(error, _Unreadable):
         return str(error)
+    if isinstance(error, FileNotFoundError):
+        return f"unreadable ({error.strerror or 'not found or not reachable'})"
     return f"unreadable ({error.strerror or error})" if isinstance(error, OSError) else f"unreadable ({error})"
 
 
@@ -148,76 +173,35 @@ def _summary(problems: Sequence[Skipped]) -> str:
     return f" (skipped: {', '.join(f'{count} {reason}' for reason, count in counts.most_common(3))})"
 
 
-# ------------------------------------------------------------------------------------------------------ finding files
-def _find_files(given: Sequence[Path], problems: list[Skipped]) -> Iterator[tuple[str, Path]]:
-    names = [path.resolve().name for path in given]
-    for path, short in zip(given, names, strict=True):
-        root = short if names.count(short) == 1 else path.as_posix()
-        if path.is_file():  # named by the user, therefore read whatever its suffix says
-            yield root, path
-            continue
-        for folder, subfolders, files in os.walk(path):
-            subfolders[:] = sorted(d for d in subfolders if not d.startswith(".") and d not in _SKIPPED_FOLDERS)
-            for file in sorted(files):
-                full = Path(folder, file)
-                name = f"{root}/{full.relative_to(path).as_posix()}"
-                if file.startswith("."):
-                    continue
-                if _kind(full):
-                    yield name, full
-                else:
-                    problems.append(Skipped(id=name, reason="no known kind of text file"))
-
-
-def _suffix(path: Path) -> str:
-    """The suffix that tells the format, compression aside: ".jsonl" for `a.jsonl.zst`."""
-    inner = Path(path.stem) if path.suffix.lower() in COMPRESSED_SUFFIXES else path
-    return inner.suffix.lower()
-
-
-def _kind(path: Path) -> str:
-    """ "text", "code", "web", "records", "parquet", or "" for what is not read."""
-    suffix = _suffix(path)
-    if suffix in JSONL_SUFFIXES:
-        return "records"
-    if suffix in TEXT_SUFFIXES or (not suffix and path.name.partition(".")[0].lower() in TEXT_NAMES):
-        return "text"
-    if suffix in CODE_SUFFIXES:
-        return "code"
-    if suffix in HTML_SUFFIXES:
-        return "web"
-    return "parquet" if path.suffix.lower() in PARQUET_SUFFIXES else ""
-
-
-def _read_file(
-    name: str,
-    path: Path,
-    fields: tuple[str, ...],
-    problems: list[Skipped],
-    piece_bytes: int,
-    position: InputPosition,
-) -> Iterator[Document]:
-    kind = _kind(path) or "text"
-    if kind == "parquet":
-        yield from _read_parquet(name, path, fields, problems)
-        return
-    before = position.done_bytes
-    with open(path, "rb") as raw, _decompressed(raw, path.suffix.lower()) as file:
-        if kind == "records":
-            for document in _read_records(name, file, fields, problems):
-                position.done_bytes = before + raw.tell()
-                yield document
-        elif kind == "web":
-            yield Document(id=name, text=html_to_text(decode_html(file.read())), source=_root(name), kind="web")
+def _read_file(file: InputFile, reading: _Reading, start: int, stop: int | None) -> Iterator[Document]:
+    name, before = file.name, reading.position.done_bytes
+    with open_raw(file.path) as raw:
+        if file.format == "parquet":
+            yield from _read_parquet(name, raw, reading, start, stop)
+            return
+        if file.format == "warc":
+            documents = _read_warc(name, raw, reading)
         else:
-            seen: Counter[int] = Counter()
-            for line, text in _text_pieces(file, path, piece_bytes):
-                position.done_bytes = before + raw.tell()
-                seen[line] += 1
-                place = f"{name}:{line}" if seen.total() > 1 else name
-                if seen[line] > 1:  # a line so long that it was cut
-                    place += f".{seen[line]}"
-                yield Document(id=place, text=text, source=_root(name), kind=kind)
+            documents = _read_stream(file, raw, reading, start, stop)
+        for document in documents:
+            reading.position.done_bytes = before + raw.tell()
+            yield document
+
+
+def _read_stream(file: InputFile, raw: BinaryIO, reading: _Reading, start: int, stop: int | None) -> Iterator[Document]:
+    name = file.name
+    with decompressed(raw, PurePosixPath(file.path).suffix.lower(), reading.limits) as stream:
+        if file.format == "records":
+            yield from _read_records(name, stream, reading, start, stop)
+        elif file.format == "wiki":
+            yield from _read_wiki(name, stream, reading)
+        elif file.format == "web":
+            data = stream.read(reading.limits.max_page_bytes + 1)
+            if len(data) > reading.limits.max_page_bytes:
+                raise _Unreadable("page too large")
+            yield Document(id=name, text=html_to_text(decode_html(data)), source=_root(name), kind="web")
+        else:
+            yield from _read_text(file, stream, reading)
 
 
 def _root(name: str) -> str:
@@ -225,29 +209,65 @@ def _root(name: str) -> str:
 
 
 # --------------------------------------------------------------------------------------------------------- plain text
-def _text_pieces(file: BinaryIO, path: Path, piece_bytes: int) -> Iterator[tuple[int, str]]:
+def _read_text(file: InputFile, stream: BinaryIO, reading: _Reading) -> Iterator[Document]:
+    name, source = file.name, _root(file.name)
+    path = file.path.lower()
+    if path.endswith(".ipynb"):
+        yield _read_notebook(name, stream, reading.limits)
+        return
+    inner = path[: -len(PurePosixPath(path).suffix)] if suffix_of(path) != PurePosixPath(path).suffix else path
+    lang = language_of_file(inner) if file.format == "code" else ""
+    seen: Counter[int] = Counter()
+    meta: dict[str, str] = {}
+    for line, text in _text_pieces(stream, path, reading):
+        if not seen and lang and (licence := licence_of_header(text)):
+            meta = {"licence": licence}
+        seen[line] += 1
+        place = f"{name}:{line}" if seen.total() > 1 else name
+        if seen[line] > 1:  # a line so long that it was cut
+            place += f".{seen[line]}"
+        yield Document(id=place, text=text, source=source, kind=file.format, lang=lang, meta=meta)
+
+
+def _text_pieces(file: BinaryIO, path: str, reading: _Reading) -> Iterator[tuple[int, str]]:
     """(first line, text) of pieces of at most `piece_bytes`, cut at a blank line, else a line end, else anywhere."""
     rest, line, first = b"", 1, True
+    unbroken = 0
     encoding = "utf-8"
     while True:
-        data = rest + file.read(piece_bytes - len(rest))
+        data = rest + file.read(reading.piece_bytes - len(rest))
         if first:
             encoding, data, first = _encoding_of(data, path), data.removeprefix(b"\xef\xbb\xbf"), False
             if encoding == "utf-16":
                 # Rare and never huge: read whole, so that no character is cut.
-                yield 1, (data + file.read()).decode("utf-16")
+                data += file.read(reading.limits.max_line_bytes)
+                yield 1, data[: len(data) & ~1].decode("utf-16", "replace")
                 return
         if b"\0" in data:
             raise _Unreadable("binary (NUL bytes)")
-        if len(data) < piece_bytes:
+        if len(data) < reading.piece_bytes:
             if data:
-                yield line, data.decode(encoding)
+                yield line, _decode(data, encoding, reading.limits)
             return
+        unbroken = 0 if b"\n" in data else unbroken + len(data)
+        if unbroken > reading.limits.max_line_bytes:
+            raise _Unreadable(f"line too long (the rest of line {line} and of the file)")
         cut = _cut(data)
-        piece = data[:cut].decode(encoding)
+        piece = _decode(data[:cut], encoding, reading.limits)
         yield line, piece
         line += piece.count("\n")
         rest = data[cut:]
+
+
+def _decode(data: bytes, encoding: str, limits: ReadLimits) -> str:
+    """Text with U+FFFD for some stray bytes. Raises UnicodeError if there are more than `max_encoded_share` of them."""
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError:
+        text = data.decode(encoding, "replace")
+        if text.count("\ufffd") > limits.max_encoded_share * len(text):
+            raise
+        return text
 
 
 def _cut(data: bytes) -> int:
@@ -261,10 +281,10 @@ def _cut(data: bytes) -> int:
     return cut - 1 if data[cut - 1] >= 0xC0 else len(data)
 
 
-def _encoding_of(data: bytes, path: Path) -> str:
+def _encoding_of(data: bytes, path: str) -> str:
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "utf-16"
-    if path.suffix.lower() in (".py", ".pyi"):
+    if path.endswith((".py", ".pyi")):
         try:
             return tokenize.detect_encoding(io.BytesIO(data).readline)[0]
         except SyntaxError:
@@ -272,65 +292,111 @@ def _encoding_of(data: bytes, path: Path) -> str:
     return "utf-8"
 
 
-def decode_html(data: bytes) -> str:
-    """Bytes of a page as text: by byte order mark, UTF-8, or the charset its head declares. Raises UnicodeError."""
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return data.decode("utf-16")
+def _read_notebook(name: str, stream: BinaryIO, limits: ReadLimits) -> Document:
+    """The cells' sources, text in between as comments; outputs are left out."""
+    data = stream.read(limits.max_page_bytes + 1)
+    if len(data) > limits.max_page_bytes:
+        raise _Unreadable("page too large")
     try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        declared = re.search(rb"charset\s*=\s*[\"']?([\w-]+)", data[:4096])
-        if declared is None:
-            raise
-        try:
-            return data.decode(declared[1].decode())
-        except LookupError:
-            raise _Unreadable(f"undecodable (unknown charset {declared[1].decode()})") from None
+        notebook = json.loads(data)
+        language = notebook.get("metadata", {}).get("kernelspec", {}).get("language") or "python"
+        parts: list[str] = []
+        for cell in notebook["cells"]:
+            source = "".join(cell["source"])
+            if cell["cell_type"] != "code":
+                source = "\n".join(f"# {line}".rstrip() for line in source.split("\n"))
+            parts.append(source)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise _Unreadable("no valid notebook") from None
+    return Document(id=name, text="\n\n".join(parts), source=_root(name), kind="code", lang=str(language).lower())
+
+
+# ------------------------------------------------------------------------------------------------- pages and articles
+def _read_warc(name: str, raw: BinaryIO, reading: _Reading) -> Iterator[Document]:
+    from qwench.data.warc import Damage, read_warc
+
+    for record in read_warc(raw, reading.limits):
+        place = f"{name}@{record.offset}"
+        if isinstance(record, Damage):
+            reading.skip(place, record.reason)
+            continue
+        text = decode_html(record.data, record.charset)
+        if record.media_type != "text/plain":
+            text = html_to_text(text)
+        meta = {"url": record.url, **record.headers}
+        yield Document(id=place, text=text, source=_root(name), kind="web", meta=meta)
+
+
+def _read_wiki(name: str, stream: BinaryIO, reading: _Reading) -> Iterator[Document]:
+    from qwench.data.wikitext import read_pages, wikitext_to_text
+
+    try:
+        for number, page in enumerate(read_pages(stream, reading.limits.max_page_bytes), 1):
+            if isinstance(page, str):
+                reading.skip(f"{name}:{number}", page)
+                continue
+            text = f"{page.title}\n\n{wikitext_to_text(page.wikitext)}"
+            place = f"{name}:{page.id or number}"
+            meta = {"title": page.title}
+            yield Document(id=place, text=text, source=_root(name), kind="encyclopedia", meta=meta)
+    except ValueError as error:
+        raise _Unreadable(str(error)) from None
 
 
 # ------------------------------------------------------------------------------------------------------------ records
-def _read_records(name: str, file: BinaryIO, fields: tuple[str, ...], problems: list[Skipped]) -> Iterator[Document]:
-    for number, line in enumerate(file, 1):
-        if not line.strip():
+def _read_records(name: str, file: BinaryIO, reading: _Reading, start: int, stop: int | None) -> Iterator[Document]:
+    for number, (offset, line) in enumerate(read_lines(file, reading.limits, start, stop), 1):
+        where = f"{name}@{offset}" if reading.by_offset else f"{name}:{number}"
+        if line is None:
+            reading.skip(where, "line too long")
             continue
-        where = f"{name}:{number}"
+        if line.isspace():
+            continue
         try:
-            record = json.loads(line)
-        except ValueError:
-            problems.append(Skipped(id=where, reason="no valid JSON"))
+            record = _parse(line, reading.limits)
+        except (ValueError, RecursionError) as error:
+            reading.skip(where, _reason(error) if isinstance(error, UnicodeError) else "no valid JSON")
             continue
-        if (document := _from_record(record, where, _root(name), fields, problems)) is not None:
+        if (document := _from_record(record, where, _root(name), reading)) is not None:
             yield document
 
 
-def _read_parquet(name: str, path: Path, fields: tuple[str, ...], problems: list[Skipped]) -> Iterator[Document]:
+def _parse(line: bytes, limits: ReadLimits) -> Any:
+    try:
+        return json.loads(line)
+    except UnicodeDecodeError:
+        return json.loads(_decode(line, "utf-8", limits))
+
+
+def _read_parquet(name: str, raw: BinaryIO, reading: _Reading, start: int, stop: int | None) -> Iterator[Document]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    number = 0
+    fields = reading.fields
     try:
-        with pq.ParquetFile(path) as table:
-            known = [c for c in (*fields, "id", "source", "kind", "lang", "meta") if c in table.schema_arrow.names]
-            if not set(known) & set(fields):
-                raise _Unreadable(f"no column {' or '.join(map(repr, fields))}")
-            for batch in table.iter_batches(batch_size=256, columns=known):
-                for record in batch.to_pylist():
-                    number += 1
-                    document = _from_record(record, f"{name}:{number}", _root(name), fields, problems)
-                    if document is not None:
-                        yield document
+        table = pq.ParquetFile(raw)
+        known = [c for c in (*fields, "id", "source", "kind", "lang", "meta") if c in table.schema_arrow.names]
+        if not set(known) & set(fields):
+            raise _Unreadable(f"no column {' or '.join(map(repr, fields))}")
+        number = sum(table.metadata.row_group(group).num_rows for group in range(start))
+        groups = range(start, table.num_row_groups if stop is None else min(stop, table.num_row_groups))
+        for batch in table.iter_batches(batch_size=256, columns=known, row_groups=list(groups)):
+            for record in batch.to_pylist():
+                number += 1
+                document = _from_record(record, f"{name}:{number}", _root(name), reading)
+                if document is not None:
+                    yield document
     except pa.ArrowException as error:
         raise _Unreadable(f"damaged Parquet file ({str(error).splitlines()[0][:80]})") from None
 
 
-def _from_record(
-    record: Any, where: str, source: str, fields: tuple[str, ...], problems: list[Skipped]
-) -> Document | None:
+def _from_record(record: Any, where: str, source: str, reading: _Reading) -> Document | None:
+    fields = reading.fields
     text = (
         next((record[f] for f in fields if isinstance(record.get(f), str)), None) if isinstance(record, dict) else None
     )
     if text is None:
-        problems.append(Skipped(id=where, reason=f"no text in field {' or '.join(map(repr, fields))}"))
+        reading.skip(where, f"no text in field {' or '.join(map(repr, fields))}")
         return None
 
     def labelled(key: str, default: str) -> str:
@@ -351,13 +417,13 @@ def _from_record(
 def write_documents(path: str | Path, documents: Iterable[Document]) -> int:
     """Write JSON lines (.jsonl, .jsonl.zst or .jsonl.gz) and return how many; the file appears when it is complete."""
     path = Path(path)
-    if _suffix(path) not in JSONL_SUFFIXES:
+    if suffix_of(path.as_posix()) not in JSONL_SUFFIXES or path.suffix.lower() in (".bz2", ".xz"):
         raise ValueError(f"cannot write documents to {path}; give a name that ends in .jsonl, .jsonl.zst or .jsonl.gz")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     count = 0
     try:
-        with open(temporary, "wb") as raw, _compressor(raw, path.suffix.lower()) as file:
+        with open(temporary, "wb") as raw, compressor(raw, path.suffix.lower()) as file:
             for document in documents:
                 table: dict[str, Any] = {"id": document.id, "text": document.text}
                 table |= {key: v for key in ("source", "kind", "lang") if (v := getattr(document, key))}
@@ -376,74 +442,3 @@ def _json_line(table: dict[str, Any]) -> bytes:
         return json.dumps(table, ensure_ascii=False).encode() + b"\n"
     except UnicodeEncodeError:  # a lone surrogate, which only the escaped form can carry
         return json.dumps(table).encode() + b"\n"
-
-
-# -------------------------------------------------------------------------------------------------------- compression
-@contextmanager
-def _decompressed(raw: BinaryIO, suffix: str) -> Iterator[BinaryIO]:
-    """The bytes of an open file, decompressed by suffix. A damaged archive raises OSError or EOFError while reading."""
-    if suffix == ".gz":
-        with gzip.open(raw) as file:
-            yield cast(BinaryIO, file)
-    elif suffix == ".zst":
-        yield cast(BinaryIO, io.BufferedReader(_ZstdFile(raw), 1 << 17))
-    else:
-        yield raw
-
-
-@contextmanager
-def _compressor(raw: BinaryIO, suffix: str) -> Iterator[IO[bytes]]:
-    if suffix == ".gz":
-        with gzip.GzipFile(fileobj=raw, mode="wb", filename="", mtime=0) as file:
-            yield cast(IO[bytes], file)
-    elif suffix == ".zst":
-        with _zstandard().ZstdCompressor(level=3).stream_writer(raw, closefd=False) as stream:
-            yield stream
-    else:
-        yield raw
-
-
-class _ZstdFile(io.RawIOBase):
-    """Frames of zstd one after the other. Unlike zstandard's own reader it does not take a cut file for a whole one."""
-
-    def __init__(self, raw: BinaryIO) -> None:
-        self._module = _zstandard()
-        self._raw = raw
-        self._frame: Any = None
-        self._plain = memoryview(b"")
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        rest = b""
-        while not self._plain:
-            # Little at a time: what it becomes can be a thousand times as long
-            data = rest or self._raw.read(1 << 12)
-            rest = b""
-            if not data:
-                if self._frame is not None:
-                    raise EOFError("compressed file ends too early")
-                return 0
-            if self._frame is None:
-                self._frame = self._module.ZstdDecompressor().decompressobj()
-            try:
-                self._plain = memoryview(self._frame.decompress(data))
-            except self._module.ZstdError as error:
-                raise OSError(str(error)) from None
-            if self._frame.eof:
-                rest, self._frame = self._frame.unused_data, None
-                if rest and self._plain:
-                    self._raw.seek(-len(rest), io.SEEK_CUR)
-        size = min(len(buffer), len(self._plain))
-        buffer[:size] = self._plain[:size]
-        self._plain = self._plain[size:]
-        return size
-
-
-def _zstandard() -> Any:
-    try:
-        import zstandard
-    except ImportError:
-        raise ValueError("files that end in .zst need the zstandard package; pip install 'qwench[data]'") from None
-    return zstandard

@@ -1,7 +1,7 @@
 """Text of an HTML page [Qwen TR 2.1, step 1].
 
-With resiliparse installed (`pip install 'qwench[data]'`) its extractor is used, otherwise a small one on the standard
-library's parser, which keeps block structure but does not try to find a page's main content.
+With resiliparse installed (`pip install 'qwench[data]'`) the main content is found by `data.main_content`; without it a
+small extractor on the standard library's parser keeps block structure but does not try to.
 """
 
 from __future__ import annotations
@@ -19,20 +19,51 @@ _BLOCK_TAGS = (
 _PARAGRAPH_TAGS = "p h1 h2 h3 h4 h5 h6 pre ul ol dl table blockquote section article"
 _BLOCKS = frozenset(_BLOCK_TAGS.split())
 _PARAGRAPHS = frozenset(_PARAGRAPH_TAGS.split())
+# What browsers take the labels for: pages that say latin-1 are written in Windows' code page.
+_WHATWG = {"iso-8859-1": "cp1252", "latin-1": "cp1252", "us-ascii": "cp1252", "gb2312": "gb18030", "gbk": "gb18030"}
 _INVISIBLE = frozenset(("script", "style", "template", "noscript", "head", "svg", "nav"))
 
 
 def html_to_text(html: str, *, main_content: bool = True) -> str:
-    """Visible text with line breaks between blocks; `main_content` leaves out navigation where resiliparse finds it."""
+    """Visible text with line breaks between blocks; `main_content` leaves out navigation, notices and comments.
+
+    A page in which no main content is found gives all its visible text.
+    """
     if not _HAS_RESILIPARSE:
         return plain_html_to_text(html)
     from resiliparse.extract.html2text import extract_plain_text  # pyright: ignore[reportMissingImports]
 
-    text = extract_plain_text(html, preserve_formatting=True, main_content=main_content)
-    # The heuristics for main content can reject a whole page that has no article in it.
-    if main_content and not text.strip():
-        text = extract_plain_text(html, preserve_formatting=True, main_content=False)
-    return text
+    from qwench.data.main_content import main_text
+
+    text = main_text(html) if main_content else ""
+    return text if text.strip() else extract_plain_text(html, preserve_formatting=True, main_content=False)
+
+
+_DECLARED = re.compile(rb"""charset\s*=\s*["']?\s*([\w-]+)""")
+
+
+def decode_html(data: bytes, charset: str = "") -> str:
+    """Bytes of a page as text: by byte order mark, UTF-8, `charset` (the server's), its head's, or a guess.
+
+    Stray bytes become U+FFFD. Raises UnicodeError if no encoding fits and none can be guessed.
+    """
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return data.decode("utf-16", "replace")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        declared = _DECLARED.search(data[:4096])
+        for name in (charset, declared[1].decode("ascii", "replace") if declared else ""):
+            name = _WHATWG.get(name.lower(), name)
+            try:
+                return data.decode(name)
+            except (UnicodeDecodeError, LookupError):
+                continue
+        if not _HAS_RESILIPARSE:
+            raise error
+        from resiliparse.parse.encoding import bytes_to_str, detect_encoding  # pyright: ignore[reportMissingImports]
+
+        return bytes_to_str(data, detect_encoding(data) or "utf-8")
 
 
 def plain_html_to_text(html: str) -> str:

@@ -13,10 +13,13 @@ nothing of text (`data.encode` fills shards) and nothing of rows and batches (`d
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -78,15 +81,7 @@ class ShardWriter:
         self.dtype = token_dtype(vocab_size)
         self.vocab_size = vocab_size
         self.shard_tokens = shard_tokens
-        self._header = {
-            "format": FORMAT,
-            "version": VERSION,
-            "dtype": self.dtype.name,
-            "vocab_size": vocab_size,
-            "tokenizer_fingerprint": tokenizer_fingerprint,
-            "shard_tokens": shard_tokens,
-            "config": json.loads(json.dumps(dict(config or {}))),
-        }
+        self._header = _header(tokenizer_fingerprint, vocab_size, shard_tokens, config)
         self.records: list[ShardRecord] = []
         self.source_digest = ""
         self.finished = False
@@ -222,6 +217,108 @@ class ShardWriter:
             self.close()
         else:
             self.abandon()
+
+
+def _header(
+    tokenizer_fingerprint: str, vocab_size: int, shard_tokens: int, config: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """What a manifest says of all its shards."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "dtype": token_dtype(vocab_size).name,
+        "vocab_size": vocab_size,
+        "tokenizer_fingerprint": tokenizer_fingerprint,
+        "shard_tokens": shard_tokens,
+        "config": json.loads(json.dumps(dict(config or {}))),
+    }
+
+
+def write_shard(stem: Path, tokens: np.ndarray, lengths: np.ndarray, vocab_size: int) -> ShardRecord:
+    """Write one shard, `stem`.bin and .idx, from the tokens of its documents end to end and the length of each.
+
+    For writers that make shards side by side; `assemble` makes them one directory. The record's name is the stem's.
+    """
+    low, high = (int(tokens.min()), int(tokens.max())) if tokens.size else (0, 0)
+    if low < 0 or high >= vocab_size:
+        raise ValueError(f"token id {low if low < 0 else high} is outside the vocabulary of {vocab_size}")
+    assert int(lengths.sum()) == tokens.size
+    assert lengths.size
+    assert lengths.min() > 0
+    sums = []
+    for suffix, array in (
+        (".bin", tokens.astype(token_dtype(vocab_size))),
+        (".idx", np.cumsum(lengths, dtype=INDEX_DTYPE)),
+    ):
+        data = np.ascontiguousarray(array).data.cast("B")
+        with open(stem.with_name(stem.name + suffix), "wb") as file:
+            file.write(data)
+            _sync(file)
+        sums.append(hashlib.sha256(data).hexdigest())
+    return ShardRecord(
+        name=stem.name,
+        num_tokens=int(tokens.size),
+        num_documents=int(lengths.size),
+        bin_sha256=sums[0],
+        idx_sha256=sums[1],
+    )
+
+
+def assemble(
+    directory: Path,
+    pieces: Sequence[tuple[Path, ShardRecord]],
+    *,
+    tokenizer_fingerprint: str,
+    vocab_size: int,
+    shard_tokens: int,
+    config: Mapping[str, Any] | None = None,
+) -> None:
+    """Make shards that `write_shard` wrote (folder, record) one directory, in this order; it appears complete or not.
+
+    Files are linked where the file system lets them, else copied. A directory that holds exactly this already is left
+    alone; any other shards there are replaced.
+    """
+    records = [dataclasses.replace(record, name=f"shard_{number:05d}") for number, (_, record) in enumerate(pieces)]
+    digest = hashlib.sha256("".join(r.bin_sha256 + r.idx_sha256 for r in records).encode()).hexdigest()
+    manifest = {
+        **_header(tokenizer_fingerprint, vocab_size, shard_tokens, config),
+        "num_tokens": sum(record.num_tokens for record in records),
+        "num_documents": sum(record.num_documents for record in records),
+        "source_digest": digest,
+        "shards": [asdict(record) for record in records],
+    }
+    if (directory / MANIFEST).is_file() and _read_json(directory / MANIFEST) == manifest:
+        try:
+            for record in records:
+                _check_sizes(directory, record, token_dtype(vocab_size))
+            return
+        except ValueError:
+            pass
+    partial = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        for (folder, old), new in zip(pieces, records, strict=True):
+            for suffix in (".bin", ".idx"):
+                _link_or_copy(folder / f"{old.name}{suffix}", partial / f"{new.name}{suffix}")
+        with open(partial / MANIFEST, "wb") as file:
+            file.write((json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+            _sync(file)
+        shutil.rmtree(directory, ignore_errors=True)
+        os.replace(partial, directory)
+        _sync_directory(directory.parent)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        shutil.copyfile(source, target)
 
 
 class TokenShards:

@@ -9,30 +9,35 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import string
 import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from qwench.config import config
+from qwench.data import prose_native
+from qwench.data.characters import HAN_KANA_HANGUL, LETTER, SOUTH_EAST_ASIAN, THAI_LIKE, WIDE, classes_of
 from qwench.types import KEEP, Document, Verdict
 
-# Scripts without spaces between words, as ranges for a character class.
-_HAN_KANA_HANGUL = "\u1100-\u11ff\u2e80-\u2fdf\u3005-\u3007\u3021-\u30ff\u3130-\u318f\u3400-\u4dbf\u4e00-\u9fff"
-_HAN_KANA_HANGUL += "\ua960-\ua97f\uac00-\ud7ff\uf900-\ufaff\uff66-\uff9f\U00020000-\U000323af"
-_SOUTH_EAST_ASIAN = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
-_UNSPACED = re.compile(f"[{_HAN_KANA_HANGUL}{_SOUTH_EAST_ASIAN}\u3000-\u3004\uff00-\uff65]")
-_IDEOGRAPH = re.compile(f"[{_HAN_KANA_HANGUL}]")
-_THAI_LIKE = re.compile(f"[{_SOUTH_EAST_ASIAN}]")
-_SPACED_WORD = re.compile(rf"[^\W_{_HAN_KANA_HANGUL}{_SOUTH_EAST_ASIAN}]+(?:['’\-][^\W_]+)*")
+_UNSPACED = re.compile(f"[{HAN_KANA_HANGUL}{SOUTH_EAST_ASIAN}\u3000-\u3004\uff00-\uff65]")
+_IDEOGRAPH = re.compile(f"[{HAN_KANA_HANGUL}]")
+_THAI_LIKE = re.compile(f"[{SOUTH_EAST_ASIAN}]")
+_SPACED_WORD = re.compile(rf"[^\W_{HAN_KANA_HANGUL}{SOUTH_EAST_ASIAN}]+(?:['’\-][^\W_]+)*")
 
 _CONTROLS = re.compile("[\x00-\x08\x0e-\x1b\x1f\x7f-\x84\x86-\x9f\ufeff\ufff9-\ufffb]")
-_ASCII = re.compile("[\x00-\x7f]+")
-_ASCII_LETTERS = string.ascii_letters.encode()
+_ASCII_CONTROLS = bytes((*range(9), *range(14, 28), 31, 127))
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _BLANKS = " \t\u3000\xa0"
+_TRAILING_BLANK = re.compile(r"[ \t\u3000\xa0]\n")
+_OTHER_LINE_END = re.compile("[\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
 _BLANK_LINES = re.compile("\n{4,}")
+_LETTER = re.compile(r"[^\W\d_]")
+_WESTERN_WORD = re.compile("[A-Za-z0-9]+")
+_LONG_BYTES = 4096
+_CODE_TABLE_BYTES = 320
+"""Deflate's tables of one block take no more."""
 
 
 def clean_text(text: str) -> str:
@@ -44,11 +49,29 @@ def clean_text(text: str) -> str:
     >>> clean_text("\\ufeffcafe\\u0301 \\r\\n\\r\\n\\x00done\\n")
     'café\\n\\ndone'
     """
-    text = _CONTROLS.sub("", _SURROGATES.sub("\ufffd", text))
-    text = unicodedata.normalize("NFC", text)
+    if text.isascii():
+        text = text.encode().translate(None, _ASCII_CONTROLS).decode()
+    else:
+        text = unicodedata.normalize("NFC", _CONTROLS.sub("", _without_surrogates(text)))
     # splitlines knows every line end of Unicode
-    text = "\n".join([line.rstrip(_BLANKS) for line in text.splitlines()])
-    return _BLANK_LINES.sub("\n\n\n", text).strip("\n")
+    if _OTHER_LINE_END.search(text):
+        text = "\n".join(text.splitlines())
+    if _TRAILING_BLANK.search(text):
+        text = "\n".join([line.rstrip(_BLANKS) for line in text.split("\n")])
+    if "\n\n\n\n" in text:
+        text = _BLANK_LINES.sub("\n\n\n", text)
+    text = text.strip("\n")
+    while text and text[-1] in _BLANKS:
+        text = text.rstrip(_BLANKS).rstrip("\n")
+    return text
+
+
+def _without_surrogates(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return _SURROGATES.sub("\ufffd", text)
+    return text
 
 
 # ------------------------------------------------------------------------------------------------------- measurements
@@ -58,15 +81,52 @@ def count_words(text: str) -> float:
     return spaced + len(_IDEOGRAPH.findall(text)) / 2 + len(_THAI_LIKE.findall(text)) / 5
 
 
+@dataclass(frozen=True, slots=True)
+class TextCounts:
+    """Of "Straße 123":
+
+    >>> TextCounts(words=2, chars=9, without_letter=1, letters=6, wide=0, thai_like=0, western=3, longest_line=10)
+    """
+
+    words: int
+    """What white space separates."""
+    chars: int
+    """In them: all that are no white space."""
+    without_letter: int
+    """Words of digits and symbols."""
+    letters: int
+    """Letters and combining marks."""
+    wide: int
+    """Characters of Chinese, Japanese or Korean."""
+    thai_like: int
+    western: int
+    """Runs of ASCII letters and digits."""
+    longest_line: int
+    """Its characters; lines end in `\\n`."""
+
+
+def count_text(text: str, *, compiled: bool = True) -> TextCounts:
+    """What the rules count, by C or by Python."""
+    if compiled and (kernel := prose_native.load()) is not None:
+        return TextCounts(*kernel.count(text))
+    words = text.split()
+    classes = np.bincount(classes_of(text), minlength=5)
+    return TextCounts(
+        words=len(words),
+        chars=sum(map(len, words)),
+        without_letter=sum([not _LETTER.search(word) for word in words]),
+        letters=int(classes[LETTER] + classes[WIDE] + classes[THAI_LIKE]),
+        wide=int(classes[WIDE]),
+        thai_like=int(classes[THAI_LIKE]),
+        western=len(_WESTERN_WORD.findall(text)),
+        longest_line=max(map(len, text.split("\n"))),
+    )
+
+
 def letter_share(text: str) -> float:
     """Share of letters and combining marks among the characters that are no white space."""
-    visible = "".join(text.split())
-    if not visible:
-        return 0.0
-    data = visible.encode("utf-8", "replace")
-    letters = len(data) - len(data.translate(None, _ASCII_LETTERS))
-    letters += sum(c.isalpha() or unicodedata.category(c)[0] == "M" for c in _ASCII.sub("", visible))
-    return letters / len(visible)
+    counts = count_text(text)
+    return counts.letters / max(1, counts.chars)
 
 
 def unbroken_share(text: str, line_chars: int) -> float:
@@ -85,21 +145,30 @@ def unbroken_share(text: str, line_chars: int) -> float:
 
 def duplicate_line_share(text: str) -> float:
     """Share of characters in lines that stood in the text before (Gopher's duplicate-line rule)."""
-    seen: set[str] = set()
-    duplicate = total = 0
-    for line in text.split("\n"):
-        stripped = line.strip()
-        total += len(stripped)
-        if stripped in seen:
-            duplicate += len(stripped)
-        seen.add(stripped)
-    return duplicate / max(1, total)
+    lines = list(map(str.strip, text.split("\n")))
+    distinct = set(lines)
+    if len(distinct) == len(lines):
+        return 0.0
+    total = sum(map(len, lines))
+    return (total - sum(map(len, distinct))) / max(1, total)
 
 
 def compressed_share(text: str) -> float:
     """Size after zlib divided by size before; prose has 0.3 to 0.6, endless repetition less than 0.1."""
     data = text.encode("utf-8", "replace")
     return len(zlib.compress(data, 1)) / max(1, len(data))
+
+
+def _compresses_below(text: str, share: float) -> float | None:
+    """`compressed_share` if it is below `share`, else None."""
+    data = text.encode("utf-8", "replace")
+    # The whole does not become smaller than its beginning does, but for the tables of codes.
+    if len(data) > _LONG_BYTES:
+        beginning = data[: len(data) * 2 // 5]
+        if len(zlib.compress(beginning, 1)) - _CODE_TABLE_BYTES > share * len(data):
+            return None
+    compressed = len(zlib.compress(data, 1)) / max(1, len(data))
+    return compressed if compressed < share else None
 
 
 # -------------------------------------------------------------------------------------------------------------- rules
@@ -131,29 +200,41 @@ def rules_for(document: Document) -> TextRules:
     return CODE_RULES if document.kind == "code" else TextRules()
 
 
-def judge_text(text: str, rules: TextRules) -> Verdict:
-    """KEEP, or the first rule the (cleaned) text breaks, with the measured value. Cheap rules come first."""
+def judge_text(text: str, rules: TextRules, counts: TextCounts | None = None) -> Verdict:
+    """KEEP, or the first rule the (cleaned) text breaks, with the measured value. Cheap rules come first.
+
+    `counts` is what `count_text` says, where the caller knows.
+    """
     replacement = text.count("\ufffd") / max(1, len(text))
     if replacement > rules.max_replacement_share:
         return Verdict(keep=False, reason="undecodable", value=replacement)
-    # The beginning nearly always has words enough, and counting is the slowest rule.
-    words = count_words(text[:4096])
-    if words < rules.min_words and (words := count_words(text)) < rules.min_words:
+    counts = counts or count_text(text)
+    if not _has_words(text, counts, rules.min_words) and (words := count_words(text)) < rules.min_words:
         return Verdict(keep=False, reason="too_short", value=words)
-    unbroken = unbroken_share(text, rules.long_line_chars)
-    if unbroken > rules.max_unbroken_share:
+    long = counts.longest_line > rules.long_line_chars
+    if long and (unbroken := unbroken_share(text, rules.long_line_chars)) > rules.max_unbroken_share:
         return Verdict(keep=False, reason="minified", value=unbroken)
-    letters = letter_share(text)
+    letters = counts.letters / max(1, counts.chars)
     if letters < rules.min_letter_share:
         return Verdict(keep=False, reason="few_letters", value=letters)
     duplicate = duplicate_line_share(text)
     if duplicate > rules.max_duplicate_line_share:
         return Verdict(keep=False, reason="repeated_lines", value=duplicate)
     if len(text) >= 1000:
-        compressed = compressed_share(text)
-        if compressed < rules.min_compressed_share:
+        compressed = _compresses_below(text, rules.min_compressed_share)
+        if compressed is not None:
             return Verdict(keep=False, reason="repetitive", value=compressed)
     return KEEP
+
+
+def _has_words(text: str, counts: TextCounts, num: float) -> bool:
+    """Whether it is seen at once that `count_words` is at least `num`, which it is nearly always."""
+    if counts.wide / 2 + counts.thai_like / 5 >= num:
+        return True
+    words = text[:256].split()
+    if not text.isascii():
+        words = filter(str.isascii, words)
+    return sum(map(str.isalnum, words)) >= num
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,6 +246,10 @@ class Dropped:
 
     id: str
     verdict: Verdict
+    stage: str = "rules"
+    """Which part took it out: "repair", "language", "lines", "rules"."""
+    document: Document | None = None
+    """The document as it was judged, where the caller keeps it aside."""
 
 
 def clean_documents(

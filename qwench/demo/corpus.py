@@ -4,7 +4,7 @@ Its parts are the sources of the standard library, their docstrings, the languag
 and notes that come with Python, descriptions of the installed packages, and texts in other scripts (Chinese, Japanese
 and Korean samples of the codec tests, message catalogues of the system). The parts are mixed by fixed weights up to a
 byte budget, in an order that depends on nothing but the installation. `--data` replaces all of it by the user's files.
-Cleaning and duplicates are left to the same stages that every corpus goes through (`data.text`, `data.dedup`).
+Cleaning and duplicates are left to the pipeline that every corpus goes through (`data.pipeline`).
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from qwench.data.documents import read_documents
+from qwench.data.mixture import MixedShards
 from qwench.data.shards import TokenShards
 from qwench.demo.config import DemoConfig
 from qwench.demo.conversations import Conversation, docs_conversations, is_correct, manners_conversations, obeys, sums
@@ -51,9 +52,8 @@ def compare_compression(context: Context) -> dict[str, float]:
     stream = held_out.tokens(0, held_out.num_tokens)
     model = load_model(context.path("pretrain"))
     texts = [document.text for document in read_documents([context.path("corpus", "held_out.jsonl")])]
-    counts = unigram_counts(
-        TokenShards.open(context.path("shards", "train"), tokenizer.fingerprint), tokenizer.vocab_size
-    )
+    training = MixedShards.open(context.path("data", "shards", "train"), tokenizer.fingerprint)
+    counts = unigram_counts(training, tokenizer.vocab_size)
     bits = {
         "model": model_bits(model, stream, context.cfg.pretrain.seq_len),
         **compressor_bits(texts),
@@ -63,10 +63,11 @@ def compare_compression(context: Context) -> dict[str, float]:
     return {name: value / num_bytes for name, value in bits.items()}
 
 
-def unigram_counts(shards: TokenShards, vocab_size: int) -> np.ndarray:
+def unigram_counts(mixture: MixedShards, vocab_size: int) -> np.ndarray:
     counts = np.zeros(vocab_size, np.int64)
-    for start in range(0, shards.num_tokens, 1 << 22):
-        counts += np.bincount(shards.tokens(start, min(start + (1 << 22), shards.num_tokens)), minlength=vocab_size)
+    for shards in mixture.shards.values():
+        for start in range(0, shards.num_tokens, 1 << 22):
+            counts += np.bincount(shards.tokens(start, min(start + (1 << 22), shards.num_tokens)), minlength=vocab_size)
     return counts
 
 

@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from qwench.data.dedup import Duplicate, deduplicate, deduplicate_paragraphs
+from qwench import config
+from qwench.data.dedup import DedupSettings
 from qwench.data.documents import Skipped, read_documents, write_documents
 from qwench.data.encode import encode_documents
-from qwench.data.text import Dropped, clean_documents
+from qwench.data.mixture import MixtureConfig
+from qwench.data.pipeline.parts import read_part
+from qwench.data.pipeline.recipe import DataConfig, SourceConfig
+from qwench.data.pipeline.report import write_report as write_data_report
+from qwench.data.pipeline.stages import DataResult, run_pipeline
+from qwench.data.prepare import LanguageRules, PrepareRules
 from qwench.demo.conversations import Conversation, sums, training_conversations
 from qwench.demo.corpus import Found, read_corpus
 from qwench.demo.pipeline import Context, Results
-from qwench.run import write_atomically
+from qwench.run import Run, write_atomically
 from qwench.tokenizer import Tokenizer, train
 from qwench.types import Document
 
 CHAT_FORMAT = "qwen2.5-base"
 """Qwen2.5's template with the short default system prompt."""
+HELD_OUT = "held_out"
+RULES = PrepareRules(
+    language=LanguageRules(min_score=0.0, min_scores={}),
+    curated_kinds=(*PrepareRules().curated_kinds, "multilingual", "web", ""),
+)
+"""The texts were chosen by hand, so the rules for crawls leave them alone."""
+START_PROCESSES_MB = 1e4
+"""Never: the demo's few megabytes are cleaned in the time that starting processes for a dozen stages takes."""
 
 
 # ------------------------------------------------------------------------------------------------------------- corpus
@@ -46,40 +62,88 @@ def collect(context: Context) -> Results:
 
 
 def clean(context: Context) -> Results:
-    """Clean, drop exact duplicates, and keep some documents away from training."""
-    dropped: list[Dropped] = []
-    duplicates: list[Duplicate] = []
-    paragraphs: list[Duplicate] = []
-    documents = read_documents([context.path("corpus", "raw.jsonl")])
-    kept = deduplicate(clean_documents(documents, dropped=dropped), duplicates)
+    """Clean, drop duplicates, and keep some documents away from training; all by `qwench data`."""
+    raw = read_documents([context.path("corpus", "raw.jsonl")])
     # Documents on the same subject (a module's source and its reference page) stay on the same side.
-    pool = sorted(kept, key=lambda d: (hashlib.sha256(subject(d).encode()).digest(), d.id))
+    pool = sorted(raw, key=lambda d: (hashlib.sha256(subject(d).encode()).digest(), d.id))
     held_out, training = split_held_out(pool, context.cfg.held_out_bytes)
-    # Held-out text comes first, so that a paragraph it shares with training text (a licence, say) is learnt nowhere.
-    distinct = list(deduplicate_paragraphs([*held_out, *training], paragraphs))
-    held_out_ids = {document.id for document in held_out}
-    sides: dict[str, list[Document]] = {"held_out": [], "train": []}
-    for document in distinct:
-        sides["held_out" if document.id in held_out_ids else "train"].append(document)
-    sizes = {}
+    sources: dict[str, list[Document]] = {HELD_OUT: [_marked(document) for document in held_out]}
+    for document in training:
+        sources.setdefault(document.kind or "text", []).append(document)
+    for name, documents in sources.items():
+        write_documents(context.path("corpus", "raw", f"{name}.jsonl"), documents)
+    result, seconds = run_data(context, data_recipe(context, sorted(sources)))
+    sides: dict[str, list[Document]] = {HELD_OUT: [], "train": []}
+    for part in result.parts:
+        for document in read_part(part.docs):
+            sides[HELD_OUT if document.source == HELD_OUT else "train"].append(document)
+    sizes, kinds = {}, Counter[str]()
     for side, members in sides.items():
+        if not members:
+            raise ValueError(f"no document is left in {side}; see {result.out / 'report.html'}, and give more text")
         write_documents(context.path("corpus", f"{side}.jsonl"), members)
         sizes[side] = sum(len(document.text.encode()) for document in members)
-    kinds = Counter[str]()
     for document in sides["train"]:
-        kinds[document.kind or "text"] += len(document.text.encode())
-    reasons = Counter(entry.verdict.reason for entry in dropped)
+        kinds[document.source] += len(document.text.encode())
+    prepare, dedup = result.summary["prepare"], result.summary["dedup"]
+    duplicates = {
+        "duplicate document": dedup.get("exact_duplicate", 0),
+        "near duplicate": dedup.get("near_duplicate", 0),
+        "document with repeated paragraphs": dedup.get("cut_documents", 0),
+    }
+    counts = ", ".join(f"{count} {reason}{'' if count == 1 else 's'}" for reason, count in list(duplicates.items())[:2])
     return {
         "summary": f"{len(sides['train']):,} documents to learn ({sizes['train'] / 1e6:.1f} MB), "
-        f"{len(sides['held_out'])} held out ({sizes['held_out'] / 1e3:.0f} kB); dropped {len(dropped)} by rules, "
-        f"{len(duplicates)} duplicates, {len(paragraphs)} repeated paragraphs",
+        f"{len(sides[HELD_OUT])} held out ({sizes[HELD_OUT] / 1e3:.0f} kB); dropped {prepare['dropped']} by rules, "
+        f"{counts}",
+        "sources": sorted(sources),
         "train_documents": len(sides["train"]),
         "train_bytes": sizes["train"],
-        "held_out_documents": len(sides["held_out"]),
-        "held_out_bytes": sizes["held_out"],
+        "held_out_documents": len(sides[HELD_OUT]),
+        "held_out_bytes": sizes[HELD_OUT],
         "kinds": dict(kinds),
-        "reasons": dict(reasons) | {"duplicate document": len(duplicates), "repeated paragraph": len(paragraphs)},
+        "reasons": prepare["reasons"] | {name: count for name, count in duplicates.items() if count},
+        "mb_per_s": prepare["text_bytes"] / 1e6 / max(seconds, 1e-9),
     }
+
+
+def _marked(document: Document) -> Document:
+    """With a number by which it is preferred to its duplicates (`DedupSettings.prefer`)."""
+    return dataclasses.replace(document, meta={**document.meta, HELD_OUT: 1})
+
+
+def data_recipe(context: Context, sources: Sequence[str], tokenizer: Path | None = None) -> DataConfig:
+    """What `qwench data` does for the demo.
+
+    A held-out document stays whatever it duplicates, and a paragraph that it shares with training text (a licence, say)
+    is cut there: so it is learnt nowhere.
+    """
+    return DataConfig(
+        out=context.path("data").absolute(),
+        sources={
+            name: SourceConfig(paths=(str(context.path("corpus", "raw", f"{name}.jsonl").absolute()),))
+            for name in sources
+        },
+        tokenizer=tokenizer.absolute() if tokenizer is not None else None,
+        start_processes_mb=START_PROCESSES_MB,
+        rules=RULES,
+        dedup=DedupSettings(prefer=(HELD_OUT, "chars")),
+        mixture=MixtureConfig(by=("source",), weights={HELD_OUT: 0.0}, max_epochs=1.0),
+    )
+
+
+def run_data(context: Context, recipe: DataConfig) -> tuple[DataResult, float]:
+    """Run `qwench data` with its report, and how many seconds that took; what an earlier call finished is kept."""
+    path = context.path("recipes", "data.toml")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, config.dump(recipe))
+    started = time.perf_counter()
+    with Run(recipe.out, recipe, "data", "force") as run:
+        run.write_provenance()
+        result = run_pipeline(recipe, record=run.record, quiet=True)
+    seconds = time.perf_counter() - started
+    write_data_report(recipe.out)
+    return result, seconds
 
 
 def subject(document: Document) -> str:
@@ -123,17 +187,22 @@ def learn_tokenizer(context: Context) -> Results:
 
 
 def write_shards(context: Context) -> Results:
+    """The mixture of training shards by `qwench data`, which goes on where `clean` ended; the held-out shards."""
     tokenizer = Tokenizer.load(context.path("tokenizer"))
-    counts = {}
-    for side in ("train", "held_out"):
-        documents = read_documents([context.path("corpus", f"{side}.jsonl")])
-        counts[side] = encode_documents(documents, tokenizer, context.path("shards", side)).num_tokens
+    recipe = data_recipe(context, context.results["clean"]["sources"], context.path("tokenizer"))
+    result, _ = run_data(context, recipe)
+    assert result.mixture is not None
+    held_out = read_documents([context.path("corpus", f"{HELD_OUT}.jsonl")])
+    tokens = {
+        "train": sum(result.mixture.tokens.values()),
+        HELD_OUT: encode_documents(held_out, tokenizer, context.path("shards", HELD_OUT)).num_tokens,
+    }
     held_out_bytes = context.results["clean"]["held_out_bytes"]
     return {
-        "summary": f"{counts['train']:,} tokens to learn, {held_out_bytes / counts['held_out']:.2f} bytes a token",
-        "train_tokens": counts["train"],
-        "held_out_tokens": counts["held_out"],
-        "bytes_per_token": held_out_bytes / counts["held_out"],
+        "summary": f"{tokens['train']:,} tokens to learn, {held_out_bytes / tokens[HELD_OUT]:.2f} bytes a token",
+        "train_tokens": tokens["train"],
+        "held_out_tokens": tokens[HELD_OUT],
+        "bytes_per_token": held_out_bytes / tokens[HELD_OUT],
     }
 
 

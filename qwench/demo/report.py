@@ -81,7 +81,8 @@ def _corpus(collect: Results, clean: Results) -> str:
     reasons = [[page.text(reason), f"{count:,}"] for reason, count in sorted(clean["reasons"].items()) if count]
     return (
         page.table(["source", "kind", "documents", "MB"], rows, numeric=(2, 3))
-        + f"<p>{page.text(clean['summary'])}. By kind: {shares}.</p>"
+        + f"<p>{page.text(clean['summary'])}. By kind: {shares}. Every drop with its reason, duplicates side by side: "
+        '<a href="data/report.html">data/report.html</a>.</p>'
         + (page.table(["dropped for", "count"], reasons, numeric=(1,)) if reasons else "")
     )
 

@@ -53,7 +53,7 @@ STAGES = (
         name="clean",
         title="Clean and deduplicate",
         reads=("held_out_bytes",),
-        estimate=lambda cfg: 1 + 0.12 * _megabytes(cfg),
+        estimate=lambda cfg: 1 + 0.25 * _megabytes(cfg),
         run=clean,
     ),
     Stage(
@@ -73,10 +73,7 @@ STAGES = (
         reads=(),
         estimate=lambda cfg: 2 + 0.1 * _megabytes(cfg),
         run=write_shards,
-        command=lambda cfg: (
-            f"qwench tokenizer encode {cfg.out}/corpus/train.jsonl --tokenizer {cfg.out}/tokenizer "
-            f"--out {cfg.out}/shards/train"
-        ),
+        command=_command("data"),
     ),
     Stage(
         name="pretrain",

@@ -106,7 +106,7 @@ def run_pretrain(context: Context) -> Results:
         resume="force",
         model=StartConfig(config=model_config(cfg)),
         tokenizer=context.path("tokenizer"),
-        train_shards=context.path("shards", "train"),
+        train_shards=context.path("data", "shards", "train"),
         val_shards=context.path("shards", "held_out"),
         seq_len=stage.seq_len,
         attend_across=True,

@@ -1,7 +1,6 @@
 """Compiles and calls `linear_cpu_kernel.c`: a linear layer of a few bf16 tokens on a CPU, with what stands around it.
 
-Not a build system: one C file, compiled by the system's compiler when it is first needed (a second or two), kept in
-the user's cache directory and loaded from there afterwards. Where that cannot be, `load` says why in the log and
+The C file is compiled when it is first needed (`qwench.native`). Where that cannot be, `load` says why in the log and
 returns None, and the caller uses torch.
 
 Shape suffixes: T tokens, K inputs, N outputs.
@@ -11,20 +10,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import logging
-import os
-import shlex
-import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from qwench import native
 from qwench.ops.hardware import cpu_features
 
 log = logging.getLogger("qwench.ops")
@@ -35,16 +30,11 @@ TARGETS = {
     "avx2": ("-DLANES=8", "-mavx2", "-mfma"),
 }
 """Instruction sets by name, the best first: not -march=native, as machines may share a cache directory."""
-FLAGS = ("-std=c11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-shared")
+FLAGS = ("-ffp-contract=fast", "-fno-math-errno")
 MOST_TOKENS = 8
 """As `TOKENS` in the source: their sums fill the registers."""
 
 Kernel = Callable[..., int]
-
-
-def cache_directory() -> Path:
-    """Where compiled kernels are kept: $XDG_CACHE_HOME/qwench, or ~/.cache/qwench."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwench"
 
 
 def target() -> str | None:
@@ -63,36 +53,15 @@ def load() -> Kernel | None:
         log.info("linear layers of few tokens use torch: no kernel for this processor")
         return None
     try:
-        return open_library(build(name, cache_directory()))
+        return open_library(build(name))
     except (OSError, RuntimeError, subprocess.SubprocessError, AttributeError) as error:
         log.warning("linear layers of few tokens use torch, up to twice as slow: %s", error)
         return None
 
 
-def build(name: str, directory: Path) -> Path:
-    """The library of `TARGETS[name]` in `directory`, compiled if it is not there. Processes may do so at once.
-
-    Raises RuntimeError where there is no compiler or it fails, OSError where the directory cannot be written.
-    """
-    compiler = shlex.split(os.environ.get("CC", "")) or [next(filter(shutil.which, ("cc", "gcc", "clang")), "cc")]
-    flags = (*FLAGS, *TARGETS[name])
-    key = hashlib.sha256("\0".join((SOURCE.read_text(encoding="utf-8"), *compiler, *flags)).encode()).hexdigest()
-    library = directory / f"linear_cpu_{name}_{key[:16]}.so"
-    if library.exists():
-        return library
-    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with tempfile.TemporaryDirectory(dir=directory, prefix="build-") as workplace:
-        made = Path(workplace, library.name)
-        command = [*compiler, *flags, str(SOURCE), "-o", str(made), "-lm"]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-        except FileNotFoundError:
-            raise RuntimeError(f"no C compiler {compiler[0]!r}; install gcc or clang, or set CC") from None
-        if done.returncode:
-            raise RuntimeError(f"{shlex.join(command)} failed: {done.stderr.strip()[-500:]}")
-        made.replace(library)  # at once, so that nobody loads half a file
-    log.info("compiled %s", library)
-    return library
+def build(name: str, directory: Path | None = None) -> Path:
+    """The library of `TARGETS[name]`, as `qwench.native.build` makes it."""
+    return native.build(SOURCE, f"linear_cpu_{name}", (*FLAGS, *TARGETS[name]), directory)
 
 
 def open_library(library: Path) -> Kernel:

@@ -314,7 +314,8 @@ class PretrainConfig:
     tokenizer: Path
     """Tokenizer directory that made the shards."""
     train_shards: Path | tuple[Path, ...]
-    """Directory of token shards, or a list of several: each is a source whose loss is recorded by itself."""
+    """Directory of token shards, or a list of several, or a mixture of `qwench data` (OUT/shards/train). The loss of
+    each directory, or group of the mixture, is recorded by itself."""
     val_shards: Path | None = None
     """Shards for validation."""
     verify_shards: bool = True

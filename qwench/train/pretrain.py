@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from qwench import config
+from qwench.data.mixture import MixedDataset, MixedShards, is_mixture
 from qwench.data.packing import PretrainDataset
 from qwench.data.shards import TokenShards
 from qwench.data.sources import JoinedShards
@@ -17,6 +19,8 @@ from qwench.train.job import open_run, run_stage
 from qwench.train.loop import Trainer, TrainResult
 from qwench.train.prepare import prepare_model
 from qwench.train.start import model_config
+
+log = logging.getLogger("qwench.train")
 
 
 def pretrain(recipe: PretrainConfig) -> TrainResult:
@@ -32,11 +36,22 @@ def pretrain(recipe: PretrainConfig) -> TrainResult:
     )
 
 
-def _datasets(recipe: PretrainConfig, tokenizer: Tokenizer) -> tuple[PretrainDataset, PretrainDataset | None]:
+def _datasets(
+    recipe: PretrainConfig, tokenizer: Tokenizer
+) -> tuple[PretrainDataset | MixedDataset, PretrainDataset | None]:
     """For training and for validation."""
     train_shards = (recipe.train_shards,) if isinstance(recipe.train_shards, Path) else recipe.train_shards
-    shards = JoinedShards.open(train_shards, tokenizer.fingerprint)
-    source = PretrainDataset(shards, recipe.seq_len, recipe.loop.seed, attend_across=recipe.attend_across)
+    if any(is_mixture(directory) for directory in train_shards):
+        directory, *others = train_shards
+        if others:
+            raise ValueError("a mixture (mixture.json) is read alone; give one directory as train_shards")
+        mixture = MixedShards.open(directory, tokenizer.fingerprint)
+        source = MixedDataset(mixture, recipe.seq_len, recipe.loop.seed, attend_across=recipe.attend_across)
+        if source.left_out:
+            log.warning("left out, for lack of one row of tokens: %s", ", ".join(source.left_out))
+    else:
+        shards = JoinedShards.open(train_shards, tokenizer.fingerprint)
+        source = PretrainDataset(shards, recipe.seq_len, recipe.loop.seed, attend_across=recipe.attend_across)
     if recipe.val_shards is None:
         return source, None
     val_shards = TokenShards.open(recipe.val_shards, tokenizer.fingerprint)

@@ -1,7 +1,7 @@
-"""`qwench report RUN`: RUN/report.html, one offline file with what a training run has recorded.
+"""`qwench report RUN`: RUN/report.html, one offline file with what a run has recorded.
 
 Everything comes from the run's own files: metrics.jsonl, profile.json, provenance.json, config.toml. Works at any time,
-also while the run goes on.
+also while the run goes on. A run of `qwench data` has a page of its own (`data.pipeline.report`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from qwench import page
+from qwench.data.pipeline import report as data_report
 from qwench.run import read_metrics, write_atomically
 
 Record = dict[str, Any]
@@ -174,8 +175,11 @@ def _profile(profile: dict[str, Any]) -> str:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="qwench report", description="RUN/report.html: curves, profile and recipe of a run."
+        prog="qwench report",
+        description="RUN/report.html: curves, profile and recipe of a training run; what was read, dropped and mixed "
+        "by one of qwench data.",
     )
     parser.add_argument("run", type=Path, help="run directory")
-    print(f"report: {write_report(parser.parse_args(argv).run)}")
+    run = parser.parse_args(argv).run
+    print(f"report: {data_report.write_report(run) if data_report.is_data_run(run) else write_report(run)}")
     return 0

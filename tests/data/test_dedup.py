@@ -3,7 +3,7 @@ import tracemalloc
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwench.data.dedup import Duplicate, deduplicate, deduplicate_paragraphs, normalise
+from qwench.data.dedup import Duplicate, deduplicate, normalise
 from qwench.types import Document
 
 LONG = "A paragraph that is long enough to be compared with all the others that came before it. " * 3
@@ -34,20 +34,6 @@ def test_kept_and_duplicates_together_are_the_input(texts):
     assert {d.id for d in kept} | {d.id for d in duplicates} == {str(i) for i in range(len(texts))}
     assert len(kept) + len(duplicates) == len(texts)
     assert len({normalise(d.text) for d in kept}) == len(kept) == len({normalise(t) for t in texts})
-
-
-def test_repeated_paragraphs_are_taken_out_and_short_ones_stay():
-    first = f"Head\n\n{LONG}\n\nEnd"
-    second = f"Head\n\n{LONG}\n\n\nTail"
-    duplicates = []
-    kept = list(deduplicate_paragraphs(documents(first, second, LONG, "Head"), duplicates))
-    assert [d.text for d in kept] == [first, "Head\n\n\nTail", "Head"]
-    assert [(d.id, d.duplicate_of) for d in duplicates] == [("1", "0"), ("2", "0")]
-
-
-def test_documents_without_duplicates_are_returned_as_they_are():
-    only = documents(f"  a\n \n\n{LONG}\n", "b")
-    assert list(deduplicate_paragraphs(only)) == only
 
 
 def test_memory_holds_hashes_and_not_texts():
