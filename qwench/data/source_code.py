@@ -25,7 +25,6 @@ _LANGUAGES = {
 }  # fmt: skip
 LANGUAGE_OF = {suffix: language for language, suffixes in _LANGUAGES.items() for suffix in suffixes.split()}
 """Suffix -> language: ".py" -> "python"."""
-CODE_SUFFIXES = frozenset(LANGUAGE_OF)
 _NAMES = {"makefile": "make", "gnumakefile": "make", "dockerfile": "dockerfile", "cmakelists.txt": "cmake"}
 _NAMES |= {"rakefile": "ruby", "gemfile": "ruby", "jenkinsfile": "groovy", "build.bazel": "bazel"}
 
