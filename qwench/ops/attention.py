@@ -206,8 +206,15 @@ def _sdpa_call(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSD: Tensor, window: int | Non
     return F.scaled_dot_product_attention(q_BHTD, k_BKSD, v_BKSD, attn_mask=mask, enable_gqa=gqa)
 
 
-SHORT = 512
-"""Longest sequences for which "short" is used: beyond, its S x S probabilities outgrow the caches."""
+def _longest_short(dtype: torch.dtype, equal_lens: bool) -> int:
+    """Longest sequences for which plain products beat torch's kernel on a CPU, forwards and backwards, as measured.
+
+    Beyond, their S x S probabilities outgrow the caches. In fp32 torch's kernel wins at every length where it takes
+    all sequences in one call; for uneven ones it is called once for each.
+    """
+    if dtype == torch.float32:
+        return 0 if equal_lens else 192
+    return 384
 
 
 def _short(
@@ -216,17 +223,20 @@ def _short(
     """The CPU's path: plain matrix products on a grid for training with short sequences, `ops.attention_cpu` for
     decoding steps; everything else goes to SDPA.
 
-    torch's CPU kernel is quick forwards, but its backward pass takes several times longer than these products, and a
-    call for each of many short samples costs more than padding them to the longest.
+    In bf16 the backward pass of torch's CPU kernel takes several times longer than these products, and a call for
+    each of many short samples costs more than padding them to the longest.
     """
     num_tokens, num_seqs = q_THD.shape[0], meta.cu_q.numel() - 1
     if cache is not None and (decodes := num_seqs if meta.max_q == 1 else meta.num_decodes):
         return _decode_first(decodes, q_THD, k_TKD, v_TKD, meta, cache, window)
-    wasteful = num_seqs * meta.max_q > 4 * num_tokens
     more_keys = cache is not None or meta.cu_k is not None
-    if more_keys or window is not None or meta.max_q > SHORT or wasteful or not torch.is_grad_enabled():
+    if more_keys or window is not None or not torch.is_grad_enabled():
         return _sdpa(q_THD, k_TKD, v_TKD, meta, cache, window)
-    if num_tokens == num_seqs * meta.max_q:
+    equal_lens = num_tokens == num_seqs * meta.max_q
+    wasteful = num_seqs * meta.max_q > 4 * num_tokens
+    if wasteful or meta.max_q > _longest_short(q_THD.dtype, equal_lens):
+        return _sdpa(q_THD, k_TKD, v_TKD, meta, cache, window)
+    if equal_lens:
         return _short_grid(q_THD, k_TKD, v_TKD, num_seqs)
     # Rows past the end of a sequence repeat its last token. They come after every real query, so causality hides them.
     starts, ends = meta.cu_q[:-1].long(), meta.cu_q[1:].long()
