@@ -113,7 +113,8 @@ def whole_run_rows() -> list[str]:
         speed, apart = run["tokens_per_s"], run["difference"]
         lines.append(
             f"| {label} | {speed['qwench']:,.0f} | {speed['transformers']:,.0f} | {run['ratio']:.2f} "
-            f"| means of {run['mean_of_steps']} steps differ by {apart['largest']:.1g} at most, noise {apart['noise']:.1g} |"
+            f"| means of {run['mean_of_steps']} steps differ by {apart['largest']:.1g} at most, "
+            f"noise {apart['noise']:.1g} |"
         )
     return lines
 
