@@ -7,14 +7,18 @@ milliseconds and 20 steps cross the end of an epoch in the middle of a batch.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch when it is imported; also by subprocesses of the tests
 
 import pytest
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    import interpreter  # noqa: F401
 
 from qwench.tokenizer import Tokenizer, train
 from qwench.types import Document
@@ -24,6 +28,8 @@ if TYPE_CHECKING:
     from qwench.model.decoder import CausalLM
 
 LIBRARY = Path(os.__file__).parent
+PRELOADED = ["qwench.train.pretrain", "qwench.train.sft", "qwench.engine.replicas", "torch._dynamo"]
+PRELOADED += ["torch.distributed.fsdp", "torch.distributed.tensor", "torch.distributed.checkpoint"]
 SHAPE = (
     "{hidden_size = 32, intermediate_size = 48, num_hidden_layers = 2, num_attention_heads = 4, "
     "num_key_value_heads = 2, tie_word_embeddings = true}"
@@ -35,8 +41,20 @@ DIALOGUES = [
 ]
 
 
+LONGEST = [
+    "tests/train/test_many_ranks.py", "tests/test_interpreted_kernels.py", "tests/engine/test_speculate.py",
+    "tests/invariants/test_engine_oracle.py", "tests/engine/test_engine.py", "tests/data/pipeline/test_command.py",
+    "tests/train/test_compile.py", "tests/invariants/test_resume.py", "tests/invariants/test_crash.py",
+    "tests/parallel/test_axes.py", "tests/serve/page/test_page_markdown.py", "tests/serve/page/test_page_controls.py",
+    "tests/serve/test_errors.py", "tests/ops/test_linear_cpu.py", "tests/train/test_prepare.py",
+]  # fmt: skip
+"""The files that take longest: begun first, so that no process is left with one of them when the others are done."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` on a machine without one."""
+    """Long files first; tests marked `gpu` are skipped on a machine without one."""
+    place = {name: number for number, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.nodeid.partition("::")[0], len(place)))
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
     if not on_gpu:
         return
@@ -163,6 +181,32 @@ def parrot(sft_arguments: Callable[..., list[str]], tmp_path_factory: pytest.Tem
     result = sft(config.load(SFTConfig, sft_arguments(out, *further)))
     assert result.train_loss < 0.05, "the parrot has not learnt its lines"
     return out
+
+
+@pytest.fixture(scope="module")
+def warm_processes() -> Iterator[pytest.MonkeyPatch]:
+    """What asks for spawned processes gets forks of a server that has imported torch and qwench: 3 s less a process.
+
+    They are as new as spawned ones: nothing of the test's process is in them, and what they run is pickled. Their
+    standard streams are the server's, so they cannot be captured. `cold_processes` undoes it for a test.
+    """
+    start = multiprocessing.get_context
+    server = start("forkserver")
+    server.set_forkserver_preload(PRELOADED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            multiprocessing, "get_context", lambda method=None: server if method == "spawn" else start(method)
+        )
+        yield patch
+
+
+@pytest.fixture
+def cold_processes(warm_processes: pytest.MonkeyPatch) -> Iterator[None]:
+    """Processes are spawned, as they are outside the tests."""
+    warm = multiprocessing.get_context
+    warm_processes.undo()
+    yield
+    warm_processes.setattr(multiprocessing, "get_context", warm)
 
 
 @pytest.fixture(autouse=True)

@@ -29,7 +29,7 @@ from qwench.types import Completion, Grammar, SamplingParams
 
 CONTEXT = 128
 
-pytestmark = pytest.mark.multi
+pytestmark = [pytest.mark.multi, pytest.mark.usefixtures("warm_processes")]
 
 
 def params(**changes: Any) -> SamplingParams:

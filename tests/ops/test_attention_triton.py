@@ -1,15 +1,9 @@
 """Paged attention in Triton against the reference: decoding with rotation and cache write, drafts, splits, windows.
 
-The kernels run on a GPU, or in Triton's interpreter in a process of its own (see test_linear_op.py).
+The kernels run on a GPU, or in Triton's interpreter (tests/test_interpreted_kernels.py).
 """
 
 from __future__ import annotations
-
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,28 +13,15 @@ from qwench.ops import linear  # noqa: F401  (registers the operation that batch
 from qwench.ops.attention import AttnMeta, KVCache, attention
 from qwench.ops.dispatch import batch_invariant_kernels, forced
 from qwench.ops.rope import Rope, inverse_frequencies
-from qwench.ops.triton_launch import interpreted, runs_triton
+from qwench.ops.triton_launch import runs_triton
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 KERNELS = runs_triton(DEVICE)
 DTYPE, TOLERANCE = (torch.bfloat16, 1e-2) if DEVICE.type == "cuda" else (torch.float32, 2e-6)
-needs_kernels = pytest.mark.skipif(not KERNELS, reason="no GPU; the interpreter's run of this file covers it")
-if interpreted():
-    import interpreter  # noqa: F401
+needs_kernels = pytest.mark.skipif(not KERNELS, reason="no GPU; tests/test_interpreted_kernels.py runs it")
 
 SHAPES = [(4, 2, 32), (14, 2, 64), (4, 1, 32)]
 """Query heads, key heads, head size."""
-
-
-def test_kernels_in_the_interpreter() -> None:
-    if KERNELS or importlib.util.find_spec("triton") is None:
-        pytest.skip("the kernels run in this process, or Triton is not installed")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=root, capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
 class Pages:

@@ -1,16 +1,10 @@
 """RMSNorm, SwiGLU and rotary positions with the cache write: the Triton kernels against the references.
 
-As in test_linear_op.py, the kernels run on a GPU or in Triton's interpreter in a process of its own. The interpreter
+The kernels run on a GPU or in Triton's interpreter (tests/test_interpreted_kernels.py). The interpreter
 cuts bf16 and fp8 instead of rounding; those dtypes are tested on a GPU alone.
 """
 
 from __future__ import annotations
-
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -31,22 +25,11 @@ from qwench.ops.triton_launch import runs_triton
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 KERNELS = runs_triton(DEVICE)
-needs_kernels = pytest.mark.skipif(not KERNELS, reason="no GPU; the interpreter's run of this file covers it")
+needs_kernels = pytest.mark.skipif(not KERNELS, reason="no GPU; tests/test_interpreted_kernels.py runs it")
 HALF = [torch.float16, *([torch.bfloat16] if DEVICE.type == "cuda" else [])]
 DTYPES = [*HALF, torch.float32]
 STEP = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 """Relative size of two last places, with some room for fp32."""
-
-
-def test_kernels_in_the_interpreter() -> None:
-    if KERNELS or importlib.util.find_spec("triton") is None:
-        pytest.skip("the kernels run in this process, or Triton is not installed")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=root, capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
 
 
 def nearly_equal(got: Tensor, want: Tensor) -> None:

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import os
-import re
-import subprocess
-import sys
 from collections.abc import Sequence
 
 import pytest
@@ -198,19 +194,6 @@ def test_kernel_count() -> None:
 def test_kernel_mask(size: int) -> None:
     with forced({"mask": "triton"}):
         check_mask(size)
-
-
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-@pytest.mark.skipif(interpreted(), reason="this is that process")
-def test_the_kernels_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-k", "test_kernel", __file__]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    found = re.search(r"(\d+) passed", done.stdout)
-    assert found is not None
-    assert int(found[1]) >= 30
-    assert "skipped" in done.stdout, "the GPU tests among them"
 
 
 def kernel_variants() -> list[tuple[str, str, dict[str, object], int]]:

@@ -1,8 +1,6 @@
 """The draw: its noise, its distribution, and every implementation against the definitions written out.
 
-Tests named `test_kernel_*` run the Triton kernels: on a GPU, or in Triton's interpreter on the CPU, for which
-`test_the_kernels_in_the_interpreter` runs this file once more in a process of its own (the interpreter must be chosen
-before Triton is imported).
+The Triton kernels are compared with these references in test_sampling_kernels.py.
 """
 
 from __future__ import annotations

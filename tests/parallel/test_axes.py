@@ -13,7 +13,7 @@ from axes_worker import CASES, LAYOUTS, MANY, UNDER_FSDP, build, one_process, ru
 
 from qwench.parallel.plan import TRAINING_PLAN, join, split_of
 
-pytestmark = pytest.mark.multi
+pytestmark = [pytest.mark.multi, pytest.mark.usefixtures("warm_processes")]
 TOLERANCE = 3e-6
 """fp32: relative, in the 2-norm of a parameter's gradient."""
 WORSE, WORSE_ON_AVERAGE = 2.0, 1.25

@@ -10,7 +10,7 @@ import pytest
 import torch
 from pipeline_worker import CASES, WORLD, Case, one_process, work
 
-pytestmark = pytest.mark.multi
+pytestmark = [pytest.mark.multi, pytest.mark.usefixtures("warm_processes")]
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 6e-2}
 """Relative, in the 2-norm of a parameter's gradient; bf16 rounds the sums over ranks in another order, five times."""
 

@@ -15,6 +15,7 @@ from qwench.parallel.watchdog import Standing, Watchdog, judge_hang
 
 
 @pytest.mark.multi
+@pytest.mark.usefixtures("warm_processes")
 def test_a_hang_ends_the_job_and_names_who_is_missing(tmp_path: Path) -> None:
     with pytest.raises(JobFailure) as caught:
         run_job(worker.waits_for_the_others, (tmp_path,), gpus=3, on_gpu=False, logs=tmp_path)

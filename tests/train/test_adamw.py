@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -58,14 +53,23 @@ def test_fp32_states_equal_torch(tiny_config: ModelConfig, make_model: Callable[
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_bf16_states_learn_as_well(tiny_config: ModelConfig, make_model: Callable[..., CausalLM]) -> None:
+@pytest.fixture(scope="module")
+def losses_in_fp32(tiny_config: ModelConfig, make_model: Callable[..., CausalLM]) -> list[float]:
+    """Of 200 steps with torch's AdamW."""
+    model = make_model(tiny_config, std=0.02)
+    losses = train(model, torch.optim.AdamW(groups(model), 1e-3, betas=(0.9, 0.95), eps=1e-8, fused=True), 200)
+    assert losses[0] > 5.5
+    assert losses[-1] < 1.0
+    return losses
+
+
+def test_bf16_states_learn_as_well(
+    tiny_config: ModelConfig, make_model: Callable[..., CausalLM], losses_in_fp32: list[float]
+) -> None:
     """The loss falls from ln 512 to little, and with bf16 states it is within some per cent of fp32's on the way."""
-    half, full = make_model(tiny_config, std=0.02), make_model(tiny_config, std=0.02)
+    half, want = make_model(tiny_config, std=0.02), losses_in_fp32
     optimizer = AdamWHalfStates(groups(half), 1e-3)
     got = train(half, optimizer, 200)
-    want = train(full, torch.optim.AdamW(groups(full), 1e-3, betas=(0.9, 0.95), eps=1e-8, fused=True), 200)
-    assert want[0] > 5.5
-    assert want[-1] < 1.0
     for step in (50, 100, 150, 199):
         assert got[step] == pytest.approx(want[step], rel=0.05)
     state = optimizer.state[half.lm_head.weight]
@@ -127,12 +131,12 @@ def test_rounding_in_8_bits_has_no_drift() -> None:
     assert len({tuple(row.tolist()) for row in rounded}) == len(seeds)
 
 
-def test_8_bit_states_learn_as_well(tiny_config: ModelConfig, make_model: Callable[..., CausalLM]) -> None:
-    small, full = make_model(tiny_config, std=0.02), make_model(tiny_config, std=0.02)
+def test_8_bit_states_learn_as_well(
+    tiny_config: ModelConfig, make_model: Callable[..., CausalLM], losses_in_fp32: list[float]
+) -> None:
+    small, want = make_model(tiny_config, std=0.02), losses_in_fp32
     optimizer = AdamW8bit(groups(small), 1e-3)
     got = train(small, optimizer, 200)
-    want = train(full, torch.optim.AdamW(groups(full), 1e-3, betas=(0.9, 0.95), eps=1e-8, fused=True), 200)
-    assert want[-1] < 1.0
     for step in (50, 100, 150, 199):
         assert got[step] == pytest.approx(want[step], rel=0.06)
     state = optimizer.state[small.lm_head.weight]
@@ -143,20 +147,7 @@ def test_8_bit_states_learn_as_well(tiny_config: ModelConfig, make_model: Callab
 
 
 # ---------------------------------------------------------------------------------------------------------- the kernel
-def test_kernels_in_the_interpreter() -> None:
-    """In a process of its own; in fp32, since the interpreter cuts bf16 instead of rounding."""
-    if KERNELS or importlib.util.find_spec("triton") is None:
-        pytest.skip("the kernel runs in this process, or Triton is not installed")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "one_launch"]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(
-        command, env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=root, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert done.stdout.startswith("..."), "all have run"
-
-
-@pytest.mark.skipif(not KERNELS, reason="no GPU; the interpreter's run of this file covers it")
+@pytest.mark.skipif(not KERNELS, reason="no GPU; tests/test_interpreted_kernels.py runs it")
 @pytest.mark.parametrize("state", [torch.float32, *([torch.bfloat16] if DEVICE.type == "cuda" else [])])
 def test_one_launch_for_all(state: torch.dtype) -> None:
     """Tensors of several sizes, empty, not aligned, longer than a chunk, each with numbers of its own."""
@@ -182,7 +173,7 @@ def test_one_launch_for_all(state: torch.dtype) -> None:
             torch.testing.assert_close(got, wanted, rtol=1e-2 if got.dtype == torch.bfloat16 else 1e-5, atol=1e-6)
 
 
-@pytest.mark.skipif(not KERNELS, reason="no GPU; the interpreter's run of this file covers it")
+@pytest.mark.skipif(not KERNELS, reason="no GPU; tests/test_interpreted_kernels.py runs it")
 def test_one_launch_is_the_optimiser() -> None:
     ours = nn.Sequential(nn.Linear(40, 30), nn.Linear(30, 5)).to(DEVICE)
     torchs = copy.deepcopy(ours)
@@ -198,7 +189,7 @@ def test_one_launch_is_the_optimiser() -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.skipif(not KERNELS, reason="no GPU; the interpreter's run of this file covers it")
+@pytest.mark.skipif(not KERNELS, reason="no GPU; tests/test_interpreted_kernels.py runs it")
 def test_one_launch_in_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same weights as without a kernel, and the same codes but where a product was rounded otherwise."""
     from qwench.train.adamw_triton import CHUNK

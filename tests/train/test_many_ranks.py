@@ -35,7 +35,7 @@ from qwench.train.compile import compile_blocks
 from qwench.train.config import PretrainConfig
 from qwench.train.pretrain import pretrain
 
-pytestmark = pytest.mark.multi
+pytestmark = [pytest.mark.multi, pytest.mark.usefixtures("warm_processes")]
 
 STEPS = 12
 HALF = STEPS // 2
@@ -131,6 +131,7 @@ def test_every_layout_is_the_same_run(name: str, runs) -> None:
     }
 
 
+@pytest.mark.usefixtures("cold_processes")
 def test_resumed_bit_for_bit(runs, options, tmp_path: Path) -> None:
     run = halved(runs("shard 2"), tmp_path / "run")
     assert cli.main(["pretrain", *options(run, *LAYOUTS["shard 2"])]) == 0
@@ -240,6 +241,7 @@ def test_torch_reads_the_weights_of_a_checkpoint(runs) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- signals
+@pytest.mark.usefixtures("cold_processes")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_all_ranks_after_one_save(number: int, options, tmp_path: Path, capfd) -> None:
     """Sent to the starting process alone; the run goes on later where it stopped."""

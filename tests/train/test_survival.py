@@ -130,6 +130,7 @@ def assert_same_run(run: Path, other: Path) -> None:
 
 
 @pytest.mark.multi
+@pytest.mark.usefixtures("warm_processes")
 def test_a_run_goes_on_with_fewer_processes(finished: Path, options, tmp_path: Path, monkeypatch, capsys) -> None:
     """Rank 1 is shot in step 7 of 12 and its device is gone; one process ends the run as if nothing had been."""
     run = tmp_path / "run"
