@@ -211,7 +211,7 @@ def compare(args: argparse.Namespace, recipe: PretrainConfig) -> None:
         "transformers": tokens / statistics.median(theirs[step]["seconds"] for step in steps),
     }
     figures: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else f"cpu, {os.cpu_count()} cores",
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else f"cpu, {len(os.sched_getaffinity(0))} cores",
         "torch": torch.__version__, "shape": args.shape, "seq_len": args.seq_len, "batch_rows": args.batch_rows,
         "precision": args.precision, "steps": len(steps), "tokens": len(steps) * tokens,
         "minutes": {
