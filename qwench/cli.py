@@ -34,9 +34,11 @@ COMMANDS = {
     "plan": Command("qwench.train.plan_command:main", "memory, operations and layout of a pretraining recipe"),
     "sft": Command("qwench.train.sft:main", "supervised fine-tuning on conversations"),
     "report": Command(
-        "qwench.train.report:main", "report.html of a training run (curves, profile) or data run (drops, mixture)"
+        "qwench.report:main", "report.html of a training run, a data run, or an evaluation with every sample"
     ),
     "follow": Command("qwench.train.trackers:main", "give a run's records to TensorBoard, wandb or trackio"),
+    "eval": Command("qwench.evaluate:main", "measure a model on benchmarks, with the setting beside the score"),
+    "judge": Command("qwench.judge:main", "a language model rates or compares answers to open questions"),
     "chat": Command("qwench.engine.chat:main", "talk to a model in the terminal"),
     "serve": Command("qwench.serve.command:main", "OpenAI-compatible server, with a chat page"),
     "convert": Command("qwench.model.convert:main", "Hugging Face, Qwen-1, GGUF and run checkpoints into each other"),

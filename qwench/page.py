@@ -33,11 +33,11 @@ svg { max-width: 100%; height: auto; background: #fff; border-radius: 6px; }
 """
 
 
-def document(title: str, lead: str, body: Iterable[str]) -> str:
-    """A whole page; `lead` and the parts of `body` are HTML already."""
+def document(title: str, lead: str, body: Iterable[str], head: str = "") -> str:
+    """A whole page; `lead`, the parts of `body` and what is added to the `head` are HTML already."""
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{text(title)}</title><style>{STYLE}</style></head><body>
+<title>{text(title)}</title><style>{STYLE}</style>{head}</head><body>
 <h1>{text(title)}</h1><p>{lead}</p>
 {"".join(body)}
 </body></html>

@@ -44,6 +44,7 @@ NOT_THE_RECIPE = (
     "parallel",
     "verify_shards",
     "follow",
+    "mini",
     "checkpoint.verify",
     "guard.hang_seconds",
     "guard.hang_seconds_long",

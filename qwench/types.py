@@ -141,7 +141,11 @@ class SamplingParams:
     top_logprobs: int = 0
     """Also report this many of the likeliest tokens at each place of the answer."""
     prompt_logprobs: bool = False
-    """Also report the log-probability of every prompt token."""
+    """Also report the log-probability of every prompt token, and whether it is the likeliest one."""
+    prompt_logprobs_from: int = 0
+    """Report those of the prompt tokens from this index on only; what comes before may then be in the prefix cache."""
+    first_logprobs: Sequence[int] = ()
+    """Also report the log-probabilities that these ids have as the first token of the answer."""
     grammar: Grammar | None = None
     """What the answer must look like (constrained decoding)."""
 
@@ -164,6 +168,11 @@ class SamplingParams:
             raise ValueError(f"n is {self.n}; give at least 1")
         if not 0 <= self.top_logprobs <= MAX_TOP_LOGPROBS:
             raise ValueError(f"top_logprobs is {self.top_logprobs}; give 0 to {MAX_TOP_LOGPROBS}")
+        if self.prompt_logprobs_from < 0 or (self.prompt_logprobs_from and not self.prompt_logprobs):
+            raise ValueError(
+                f"prompt_logprobs_from is {self.prompt_logprobs_from}; give an index into the prompt, together with "
+                "prompt_logprobs=True"
+            )
         if isinstance(self.stop, str):
             raise ValueError('stop is a string; give a list of strings, for example stop=["\\n\\n"]')
 
@@ -185,7 +194,11 @@ class Completion:
     top_logprobs: list[dict[int, float]] | None = None
     """For each token of the answer: the likeliest ids with their log-probabilities, best first, when asked for."""
     prompt_logprobs: list[float | None] | None = None
-    """Log-probability of each prompt token given those before it (None for the first), when asked for."""
+    """Log-probability of each prompt token given those before it (None for the first, and where not asked for)."""
+    prompt_greedy: list[bool | None] | None = None
+    """Whether each prompt token is the likeliest one given those before it; None in the same places."""
+    first_logprobs: dict[int, float] | None = None
+    """Log-probabilities of the ids that were asked for as the first token of the answer."""
     num_cached_tokens: int = 0
     """Prompt tokens whose keys and values were already in the cache."""
 

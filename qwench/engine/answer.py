@@ -22,7 +22,10 @@ class Answer:
         self.token_ids: list[int] = []
         self.logprobs: list[float] = []
         self.top_logprobs: list[dict[int, float]] = []
-        self.prompt_logprobs: list[float | None] | None = [None] if params.prompt_logprobs else None
+        skipped: list[None] | None = [None] * max(1, params.prompt_logprobs_from) if params.prompt_logprobs else None
+        self.prompt_logprobs: list[float | None] | None = None if skipped is None else [*skipped]
+        self.prompt_greedy: list[bool | None] | None = None if skipped is None else [*skipped]
+        self.first_logprobs: dict[int, float] | None = None
         self.num_cached_tokens = 0
         self.finish: FinishReason | None = None
         self._tokenizer, self._streaming = tokenizer, streaming
@@ -30,6 +33,13 @@ class Answer:
         self._reads = streaming or bool(self._stops)
         self._decoder = StreamDecoder(tokenizer)
         self._text, self._sent_text, self._sent_tokens = "", 0, 0
+
+    def add_prompt_logprobs(self, logprobs: list[float], greedy: list[bool]) -> None:
+        """Of the next tokens of the prompt."""
+        assert self.prompt_logprobs is not None
+        assert self.prompt_greedy is not None
+        self.prompt_logprobs += logprobs
+        self.prompt_greedy += greedy
 
     def push(self, token: int, logprob: float, top: dict[int, float] | None = None) -> bool:
         """Add a token; whether the answer has ended."""
@@ -106,6 +116,8 @@ class Answer:
             logprobs=self.logprobs,
             finish_reason=self.finish,
             prompt_logprobs=self.prompt_logprobs,
+            prompt_greedy=self.prompt_greedy,
+            first_logprobs=self.first_logprobs,
             num_cached_tokens=self.num_cached_tokens,
             **further,
         )

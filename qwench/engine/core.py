@@ -272,9 +272,15 @@ class Core:
 
     def _hand_out(self, flight: Flight, tokens: list[list[int]], logprobs: list[list[float]]) -> None:
         """Give the tokens of a flight to their answers. Grammars are not asked."""
-        for sequence, values in flight.prompt_logprobs:
-            known = sequence.answer.prompt_logprobs = sequence.answer.prompt_logprobs or [None]
-            known.extend(values.tolist())
+        for sequence, values, greedy in flight.prompt_logprobs:
+            sequence.answer.add_prompt_logprobs(values.tolist(), greedy.tolist())
+        if flight.first_logprobs is not None:
+            asking, values = flight.first_logprobs
+            for sequence, part in zip(
+                asking, values.split([len(s.params.first_logprobs) for s in asking]), strict=True
+            ):
+                ids = sequence.params.first_logprobs
+                sequence.answer.first_logprobs = dict(zip(ids, part.tolist(), strict=True))
         top = (flight.top[0].tolist(), flight.top[1].tolist()) if flight.top is not None else None
         for column, sequence in flight.columns:
             answer = sequence.answer

@@ -196,10 +196,13 @@ class Engine:
         prompts: Seq[Seq[int]],
         params: SamplingParams | Seq[SamplingParams],
         progress: Callable[[int], None] | None = None,
+        on_answer: Callable[[int, Completion], None] | None = None,
     ) -> list[Completion]:
         """The completions of all prompts, in order; with n > 1 the n answers to a prompt stand together.
 
-        `params` are shared, or one a prompt. `progress` is called with 1 for each answer that is complete.
+        `params` are shared, or one a prompt. `progress` is called with 1 for each answer that is complete, and
+        `on_answer` with its place in the result and the answer itself, so that nothing is lost when a long call is
+        interrupted; both on the caller's thread.
         Raises ValueError before anything is computed when a prompt cannot be served.
         """
         each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
@@ -210,13 +213,17 @@ class Engine:
             for prompt, wishes in zip(prompts, each, strict=True)
             for sequence in self._answers_to(prompt, wishes)
         ]
-        done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
-        for sequence in sequences:
-            sequence.on_end, sequence.on_failure = lambda: done.put(None), done.put
+        done: queue.SimpleQueue[BaseException | int] = queue.SimpleQueue()
+        for place, sequence in enumerate(sequences):
+            sequence.on_end, sequence.on_failure = functools.partial(done.put, place), done.put
         self._loop.start(sequences)
         try:
             for _ in sequences:
-                _raise(done.get())
+                item = done.get()
+                if isinstance(item, BaseException):
+                    _raise(item)
+                elif on_answer is not None:
+                    on_answer(item, sequences[item].answer.completion())
                 if progress is not None:
                     progress(1)
         finally:
@@ -322,6 +329,12 @@ class Engine:
             raise ValueError(
                 f"logit_bias has the value {bad_value[0]}; give a finite number, or -inf to forbid a token"
             )
+        if params.prompt_logprobs_from > len(ids):
+            raise ValueError(
+                f"prompt_logprobs_from is {params.prompt_logprobs_from}, but the prompt has {len(ids)} tokens"
+            )
+        if bad_first := [token for token in params.first_logprobs if not 0 <= token < rows]:
+            raise ValueError(f"first_logprobs has {bad_first[0]}; ids run from 0 to {rows - 1}")
         if bad_stop := [token for token in params.stop_token_ids if not 0 <= token < rows]:
             raise ValueError(f"stop_token_ids has {bad_stop[0]}; ids run from 0 to {rows - 1}")
         return ids

@@ -106,7 +106,8 @@ class NaiveGenerator:
         max_tokens = min(params.max_tokens, self.model.config.max_position_embeddings - len(token_ids))
         cache = SequenceCache(self.model, len(token_ids) + min(max_tokens, 256))
         hidden_TD = cache.append(self.model, token_ids)
-        prompt_logprobs = self._prompt_logprobs(hidden_TD, token_ids) if params.prompt_logprobs else None
+        prompt_logprobs, prompt_greedy = self._prompt_logprobs(hidden_TD, token_ids, params)
+        first_logprobs: dict[int, float] | None = None
         ids: list[int] = []
         logprobs: list[float] = []
         top_logprobs: list[dict[int, float]] = []
@@ -118,6 +119,8 @@ class NaiveGenerator:
             banned = ends if len(ids) < params.min_tokens else set()
             token = self._draw(logits_V, token_ids, ids, params, seed, banned, matcher)
             logprobs_V = logits_V.log_softmax(-1)
+            if not ids and params.first_logprobs:
+                first_logprobs = {wanted: float(logprobs_V[wanted]) for wanted in params.first_logprobs}
             ids.append(token)
             logprobs.append(float(logprobs_V[token]))
             top = _likeliest(logprobs_V, params.top_logprobs)
@@ -159,6 +162,8 @@ class NaiveGenerator:
                 finish_reason=finish,
                 top_logprobs=top_logprobs if params.top_logprobs else None,
                 prompt_logprobs=prompt_logprobs,
+                prompt_greedy=prompt_greedy,
+                first_logprobs=first_logprobs,
             ),
         )
 
@@ -192,11 +197,20 @@ class NaiveGenerator:
         bits = np.unpackbits(words.view(np.uint8), bitorder="little")[: logits_V.numel()]
         return torch.from_numpy(bits).to(logits_V.device, torch.bool)
 
-    def _prompt_logprobs(self, hidden_TD: Tensor, token_ids: Sequence[int]) -> list[float | None]:
-        targets_T = torch.tensor(token_ids[1:], dtype=torch.int64, device=hidden_TD.device)
+    def _prompt_logprobs(
+        self, hidden_TD: Tensor, token_ids: Sequence[int], params: SamplingParams
+    ) -> tuple[list[float | None] | None, list[bool | None] | None]:
+        if not params.prompt_logprobs:
+            return None, None
+        first = max(1, params.prompt_logprobs_from)
+        targets_T = torch.tensor(token_ids[first:], dtype=torch.int64, device=hidden_TD.device)
+        none: list[None] = [None] * first
         if not targets_T.numel():
-            return [None]
-        return [None, *token_logprobs(hidden_TD[:-1], self.model.lm_head.weight, targets_T).tolist()]
+            return [*none], [*none]
+        rows_TD = hidden_TD[first - 1 : -1]
+        greedy_T = self.model.head(rows_TD).argmax(-1) == targets_T
+        logprobs = token_logprobs(rows_TD, self.model.lm_head.weight, targets_T).tolist()
+        return [*none, *logprobs], [*none, *greedy_T.tolist()]
 
     def _matcher(self, params: SamplingParams) -> Matcher | None:
         if params.n != 1:

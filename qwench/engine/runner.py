@@ -48,7 +48,10 @@ class Flight:
     event: torch.cuda.Event | None
     top: tuple[Tensor, Tensor] | None = None
     """Ids and log-probabilities [B, S, k] of the likeliest tokens."""
-    prompt_logprobs: list[tuple[Sequence, Tensor]] = field(default_factory=list)
+    prompt_logprobs: list[tuple[Sequence, Tensor, Tensor]] = field(default_factory=list)
+    """Log-probabilities of prompt tokens, and whether each is the likeliest."""
+    first_logprobs: tuple[list[Sequence], Tensor] | None = None
+    """Sequences that asked for ids' log-probabilities as first token, and these of all of them, end to end."""
     num_new: Tensor | None = None
     """How many of a column's tokens [B] count: the others come after a draft that was rejected. None: all."""
 
@@ -73,7 +76,7 @@ class Pending:
     """The sequences' rows in `RowState`."""
     positions: list[int]
     """Of the tokens to be drawn."""
-    prompt_logprobs: list[tuple[Sequence, Tensor]]
+    prompt_logprobs: list[tuple[Sequence, Tensor, Tensor]]
 
 
 @dataclass(slots=True)
@@ -234,9 +237,9 @@ class Runner:
 
     def _prompt_logprobs(
         self, chunks: list[tuple[Sequence, int, int]], hidden_TD: Tensor
-    ) -> list[tuple[Sequence, Tensor]]:
-        """Log-probability of each prompt token that the rows of this step predict."""
-        found: list[tuple[Sequence, Tensor]] = []
+    ) -> list[tuple[Sequence, Tensor, Tensor]]:
+        """Log-probability of each prompt token that the rows of this step predict, and whether it is the likeliest."""
+        found: list[tuple[Sequence, Tensor, Tensor]] = []
         at = 0
         for sequence, start, count in chunks:
             first, stop = max(start, sequence.num_scored), min(start + count, len(sequence.prompt) - 1)
@@ -245,7 +248,8 @@ class Runner:
                 rows_ND = hidden_TD[at + first - start : at + stop - start]
                 for part, wanted in zip(rows_ND.split(LOGPROB_ROWS), targets.split(LOGPROB_ROWS), strict=True):
                     logprobs_NV = self.model.head(part).log_softmax(-1)
-                    found.append((sequence, self.download(logprobs_NV.gather(1, wanted[:, None])[:, 0])))
+                    logprobs_N = self.download(logprobs_NV.gather(1, wanted[:, None])[:, 0])
+                    found.append((sequence, logprobs_N, self.download(logprobs_NV.argmax(-1) == wanted)))
                 sequence.num_scored = stop
             at += count
         return found
@@ -354,7 +358,7 @@ class Runner:
         numbers = torch.tensor([pending.positions, [s.num_launched - 1 for s in pending.sequences]])
         positions_B, steps_B = self.upload(numbers)
         rows.step.index_copy_(0, rows_B, steps_B)
-        top = self._top(pending.logits_BV, extras)
+        top, first = self._top(pending.logits_BV, extras), self._first_logprobs(pending)
         mask_BW = None if extras is None or extras.masks is None else self.masks.put(len(pending.sequences))
         tokens_B, logprobs_B = draw(
             pending.logits_BV, rows, rows_B, mode, self.counts_RV, self.vocab_size, extras, self.upload, mask_BW
@@ -370,7 +374,22 @@ class Runner:
             event=self.record(),
             top=top,
             prompt_logprobs=pending.prompt_logprobs,
+            first_logprobs=first,
         )
+
+    def _first_logprobs(self, pending: Pending) -> tuple[list[Sequence], Tensor] | None:
+        """Log-probabilities of the ids that sequences asked for, where the first token of their answer is drawn now."""
+        asking = [(row, s) for row, s in enumerate(pending.sequences) if s.params.first_logprobs and s.num_kept == 0]
+        if not asking:
+            return None
+        found: list[Tensor] = []
+        for at in range(0, len(asking), LOGPROB_ROWS):
+            part = asking[at : at + LOGPROB_ROWS]
+            line = [index for index, (_, s) in enumerate(part) for _ in s.params.first_logprobs]
+            places = self.upload(torch.tensor([line, [token for _, s in part for token in s.params.first_logprobs]]))
+            logits_NV = pending.logits_BV[self.upload(torch.tensor([row for row, _ in part]))].float()
+            found.append(logits_NV[places[0], places[1]] - logits_NV.logsumexp(-1)[places[0]])
+        return [s for _, s in asking], self.download(torch.cat(found))
 
     # --------------------------------------------------------------------------------------------------- transfers
     def upload(self, values: Tensor) -> Tensor:

@@ -157,9 +157,10 @@ class Scheduler:
         size = self.pool.block_size
         sequence.num_to_prefill = len(sequence.prompt) + sequence.num_kept
         matched: list[int] = []
-        if self.pool.caching and not sequence.params.prompt_logprobs:
-            # The last token is always computed: its hidden state is needed.
-            usable = (sequence.num_to_prefill - 1) // size
+        if self.pool.caching:
+            # The last token is always computed: its hidden state is needed. So is that before a token with a wanted
+            # log-probability.
+            usable = min(sequence.num_to_prefill - 1, sequence.num_reusable) // size
             matched = self.pool.match(sequence.update_hashes(size)[:usable])
         needed = -(-sequence.num_to_prefill // size) - len(matched)
         blocks = self.pool.allocate(needed) if needed + (keep if self.running else 0) <= self.pool.num_free else None

@@ -58,8 +58,10 @@ class Sequence:
         self.hashes: list[bytes] = []
         self.num_named = 0
         """Full blocks whose prefix the pool knows."""
-        self.num_scored = 0
-        """Prompt positions whose next token's log-probability is computed or on its way."""
+        self.num_scored = max(0, params.prompt_logprobs_from - 1)
+        """Prompt positions whose next token's log-probability is computed, on its way, or not asked for."""
+        self.num_reusable = self.num_scored if params.prompt_logprobs else len(self.prompt)
+        """Tokens of the prompt whose hidden states nobody needs."""
         self.drafting: Drafting | None = None
         """How speculative decoding has fared in this answer, once it was tried."""
         self.num_drafted = 0

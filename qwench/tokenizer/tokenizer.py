@@ -42,6 +42,8 @@ class Tokenizer:
         """Name of the template generation, a key of `chat.FORMATS`; None for a template that is not known here."""
         self.chat_template = chat.jinja(chat_format) if chat_format else chat_template
         """The chat format as Jinja text, for other programs."""
+        self.chat_format_is_guess = False
+        """Whether the source had no template, so that the format follows from its control tokens alone."""
         self.num_regular = len(vocabulary.tokens)
         self.vocab_size = len(vocabulary)
         """Number of ids that encoding can give: 151,665 for Qwen2.5. The embedding has more rows (`ModelConfig`)."""
@@ -71,7 +73,9 @@ class Tokenizer:
             return cls(loaded.vocabulary, chat_format=known, chat_template=loaded.chat_template)
         names = tuple(control.content for control in loaded.vocabulary.controls)
         by_controls = next((name for name, content in CONTROL_SETS.items() if content == names), "qwen2.5")
-        return cls(loaded.vocabulary, chat_format=loaded.generation or by_controls)
+        made = cls(loaded.vocabulary, chat_format=loaded.generation or by_controls)
+        made.chat_format_is_guess = not loaded.generation
+        return made
 
     def save(self, directory: str | Path) -> None:
         """Write every file form into `directory`; transformers, vLLM and llama.cpp's converter read them."""

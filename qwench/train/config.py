@@ -262,6 +262,27 @@ class FollowConfig:
 
 
 @config
+class MiniConfig:
+    """Scores of a small fixed sample of benchmarks while training goes on, in metrics.jsonl; in one process only."""
+
+    every: int = 0
+    """Steps from one to the next; also before the first step and after the last. 0: never."""
+    data_dirs: tuple[Path, ...] = ()
+    """Where the benchmarks' files are, as for `qwench eval --data-dir`."""
+    seconds: float = 60
+    """Time for one; tasks that do not finish in it have no score."""
+    call: str = "qwench.mini:mini_suite"
+    """module:function that takes (model, tokenizer, data_dirs, seconds) and gives numbers by name."""
+
+    def __post_init__(self) -> None:
+        if self.every < 0 or self.seconds <= 0:
+            raise ValueError(
+                f"mini.every is {self.every} and mini.seconds {self.seconds}; give 0 (never) or more steps, and a "
+                "positive time"
+            )
+
+
+@config
 class OpsConfig:
     """Force an implementation of an operation, for example attention = "reference"; unset ones are chosen."""
 
@@ -333,6 +354,7 @@ class PretrainConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()
     follow: FollowConfig = FollowConfig()
+    mini: MiniConfig = MiniConfig()
     ops: OpsConfig = OpsConfig()
 
 
@@ -367,4 +389,5 @@ class SFTConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     guard: GuardConfig = GuardConfig()
     follow: FollowConfig = FollowConfig()
+    mini: MiniConfig = MiniConfig()
     ops: OpsConfig = OpsConfig()

@@ -45,12 +45,14 @@ from qwench.run import Run, console, progress
 from qwench.tokenizer import Tokenizer
 from qwench.train.batch import Batch, padding_row
 from qwench.train.checkpoint import Checkpoints, TrainState, export
+from qwench.train.checkup import Checkup
 from qwench.train.compile import IN_BLOCKS, uncompiled
 from qwench.train.config import (
     CheckpointConfig,
     FollowConfig,
     GuardConfig,
     LoopConfig,
+    MiniConfig,
     OpsConfig,
     OptimConfig,
     ParallelConfig,
@@ -97,6 +99,8 @@ class Recipe(Protocol):
     def guard(self) -> GuardConfig: ...
     @property
     def follow(self) -> FollowConfig: ...
+    @property
+    def mini(self) -> MiniConfig: ...
     @property
     def ops(self) -> OpsConfig: ...
 
@@ -150,6 +154,7 @@ class Trainer:
         if isinstance(self.model, StagedLM):
             self.passes = Pipeline(self.model, self.team, fsdp)
         self.guard = Guard(recipe.guard)
+        self.checkup = Checkup(recipe.mini, self.team, tokenizer) if recipe.mini.every else None
         background = {"auto": self.device.type == "cuda", "on": True, "off": False}[recipe.checkpoint.background]
         self.checkpoints = Checkpoints(
             run.path / "checkpoints",
@@ -209,6 +214,8 @@ class Trainer:
         columns = ("loss {task.fields[loss]}", "{task.fields[rate]}")
         with closing(self.loader), progress(*columns) as bar, self._interruptible():
             task = bar.add_task(self.run.stage, total=self.total_steps, completed=first_step, loss="-", rate="")
+            if not first_step:
+                self._check_up()
             while self.state.step < self.total_steps:
                 self.observers.begin_step(self.state.step + 1)
                 step_start = time.perf_counter()
@@ -230,6 +237,7 @@ class Trainer:
                 )
                 if self._validation_due():
                     val_loss = self._validate()
+                self._check_up()
                 if self._checkpoint_due():
                     self._save()
                 if self._stop or (self.team.is_alone and self._stop_signal is not None):
@@ -435,6 +443,14 @@ class Trainer:
         team, total = self.team, float(torch.stack(losses).sum(dtype=torch.float64)) if losses else 0.0
         total, weight = team.total([total if team.counts_tokens else 0.0, weight if team.leads_data else 0.0])
         return total / max(weight, 1e-9)
+
+    def _check_up(self) -> None:
+        """The mini-suite, where it is due."""
+        if self.checkup is None or not self.checkup.is_due(self.state.step, self.total_steps):
+            return
+        self.observers.mark(self.state.step, "the mini-suite", is_long=True)
+        if scores := self.checkup.scores(self.model, is_first=not self.state.step):
+            self.run.record(step=self.state.step, mini=scores)
 
     def _checkpoint_due(self) -> bool:
         return self.state.step == self.total_steps or self.state.step % self.recipe.checkpoint.every_steps == 0

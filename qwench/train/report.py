@@ -1,12 +1,11 @@
-"""`qwench report RUN`: RUN/report.html, one offline file with what a run has recorded.
+"""RUN/report.html of a training run, one offline file with what it has recorded; `qwench report RUN` writes it.
 
 Everything comes from the run's own files: metrics.jsonl, profile.json, provenance.json, config.toml. Works at any time,
-also while the run goes on. A run of `qwench data` has a page of its own (`data.pipeline.report`).
+also while the run goes on.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 from collections.abc import Sequence
@@ -17,7 +16,6 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from qwench import page
-from qwench.data.pipeline import report as data_report
 from qwench.run import read_metrics, write_atomically
 
 Record = dict[str, Any]
@@ -39,6 +37,7 @@ def write_report(run: Path) -> Path:
     body = [
         page.cards(_cards(steps, records, facts)),
         page.section("Curves", _curves(steps, records)),
+        page.section("Mini-suite", _mini(records)) if any("mini" in record for record in records) else "",
         page.section("Skipped steps", _skipped(steps)),
         page.section("Where the time goes", _profile(profile)) if profile else "",
         page.section("Recipe", f"<pre>{page.text(_read(run / 'config.toml'))}</pre>"),
@@ -119,6 +118,21 @@ def _curves(steps: Sequence[Record], records: Sequence[Record]) -> str:
     return page.svg(figure)
 
 
+def _mini(records: Sequence[Record]) -> str:
+    """Scores of the mini-suite over the steps; bits per byte by themselves, as their scale is another."""
+    names = list(dict.fromkeys(name for r in records for name in r.get("mini") or {} if name != "seconds"))
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.0), squeeze=False)
+    for name in names:
+        values = [{"step": r["step"], "value": r["mini"].get(name)} for r in records if r.get("mini")]
+        axes[0, name == "bits_per_byte"].plot(*_points(values, "value"), "o-", markersize=3, linewidth=1, label=name)
+    for axis, title in zip(axes.flat, ("score", "bits per byte"), strict=True):
+        axis.set(xlabel="step", ylabel=title)
+        axis.grid(alpha=0.25)
+        if axis.lines:
+            axis.legend(fontsize="small")
+    return page.svg(figure)
+
+
 def _points(records: Sequence[Record], key: str) -> Curve:
     """Steps and values of a metric; thinned out to means, which keep level and shape."""
     found = [(r["step"], float(r[key])) for r in records if r.get(key) is not None]
@@ -171,15 +185,3 @@ def _profile(profile: dict[str, Any]) -> str:
         + page.table(["", "share of the time", "missing to the measured rate"], rows, numeric=(1, 2))
         + page.table(["category", "what ran longest", "ms a step", "share"], longest, numeric=(2, 3))
     )
-
-
-def main(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="qwench report",
-        description="RUN/report.html: curves, profile and recipe of a training run; what was read, dropped and mixed "
-        "by one of qwench data.",
-    )
-    parser.add_argument("run", type=Path, help="run directory")
-    run = parser.parse_args(argv).run
-    print(f"report: {data_report.write_report(run) if data_report.is_data_run(run) else write_report(run)}")
-    return 0

@@ -69,6 +69,9 @@ def requests(tokenizer: Tokenizer, free: Callable[[list[int]], Completion]) -> l
         (short, params(n=3, temperature=1.0, seed=10)),
         (longer, params(max_tokens=1000)),
         (other, params(grammar=Grammar(kind="regex", value="[0-9]{3}"), max_tokens=3)),
+        (longer, params(prompt_logprobs=True, prompt_logprobs_from=len(longer) - 5, first_logprobs=[7, 8, 7])),
+        (longer, params(prompt_logprobs=True, prompt_logprobs_from=len(longer), first_logprobs=[3])),
+        (other, params(first_logprobs=[1, 2, 300], temperature=1.5, seed=12, repetition_penalty=1.2)),
     ]  # fmt: skip
 
 
@@ -119,7 +122,13 @@ def assert_same(got: Iterable[Completion], want: Iterable[Completion]) -> None:
         assert (mine.prompt_logprobs is None) == (naive.prompt_logprobs is None)
         if mine.prompt_logprobs is not None and naive.prompt_logprobs is not None:
             assert mine.prompt_logprobs[0] is naive.prompt_logprobs[0] is None
-            close([x for x in mine.prompt_logprobs if x is not None], [x for x in naive.prompt_logprobs if x])
+            assert [x is None for x in mine.prompt_logprobs] == [x is None for x in naive.prompt_logprobs]
+            close(
+                [x for x in mine.prompt_logprobs if x is not None], [x for x in naive.prompt_logprobs if x is not None]
+            )
+        assert mine.prompt_greedy == naive.prompt_greedy
+        assert list(mine.first_logprobs or ()) == list(naive.first_logprobs or ())
+        close([*(mine.first_logprobs or {}).values()], [*(naive.first_logprobs or {}).values()])
 
 
 def assert_idle(engine: Engine) -> None:
@@ -208,7 +217,8 @@ def test_known_beginnings_change_nothing(oracle: Oracle) -> None:
         for completion, (prompt, wishes) in zip(
             again, [r for r in oracle.requests for _ in range(r[1].n)], strict=True
         ):
-            usable = 0 if wishes.prompt_logprobs else (len(prompt) - 1) // 4 * 4
+            last = wishes.prompt_logprobs_from if wishes.prompt_logprobs else len(prompt)
+            usable = max(0, last - 1) // 4 * 4
             assert completion.num_cached_tokens == usable
         assert engine.stats().cached_prompt_tokens == shared + sum(one.num_cached_tokens for one in again)
         turn = [*oracle.requests[1][0], *first[1].token_ids, *oracle.tokenizer.encode("\nfor x in a:")]

@@ -1,0 +1,352 @@
+"""Tasks by name: lm-eval's own and ours, with data from local files where the hub is out of reach.
+
+A task whose `dataset_path` has a local layout reads files where a data directory is given; all others ask the hub.
+Members of a group whose files are missing are left out and reported, as long as one is there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import fnmatch
+import functools
+import importlib.metadata
+import json
+import logging
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import datasets.config
+import lm_eval.tasks
+from lm_eval.api.group import Group
+from lm_eval.api.task import ConfigurableTask, Task
+from lm_eval.tasks import TaskManager
+from lm_eval.tasks._factory import TaskFactory
+from lm_eval.tasks._index import Entry, Kind, TaskIndex
+from lm_eval.tasks._yaml_loader import load_yaml
+
+from qwench.evals.local_data import layouts
+from qwench.evals.local_files import Files, MissingDataError
+from qwench.run import console, write_atomically
+
+log = logging.getLogger("qwench.evals")
+
+TASKS = Path(__file__).parent / "tasks"
+NLTK_DATA = Path(__file__).parent / "nltk_data"
+"""Abbreviations of English in the form that nltk's sentence splitter reads."""
+PROBE_SECONDS = 5
+
+
+@functools.cache
+def hub_answers() -> bool:
+    """Whether the Hugging Face hub, or the mirror that HF_ENDPOINT names, can be reached from here."""
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
+        return False
+    address = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    try:
+        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=PROBE_SECONDS).close()
+    except urllib.error.HTTPError:
+        return True  # it has answered
+    except (TimeoutError, OSError, ValueError):
+        return False
+    return True
+
+
+@dataclass
+class Source:
+    """Where a task's data came from."""
+
+    path: str
+    name: str | None
+    hub: bool
+    files: dict[str, str] = field(default_factory=dict)
+    """Local files with their SHA-256."""
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Loaded:
+    """Tasks ready to run, as `TaskManager.load` gives them, and what was left out."""
+
+    tasks: dict[str, Task]
+    groups: dict[str, Group]
+    group_map: dict[str, list[str]]
+    sources: dict[str, Source]
+    missing: dict[str, str]
+    """Members of groups that cannot run here -> why."""
+
+
+class LocalTaskFactory(TaskFactory):
+    """Builds tasks with settings of a preset over their own, and with local data."""
+
+    def __init__(
+        self, roots: Sequence[Path], overrides: Mapping[str, Any], shots: int | None, meta: dict[str, Any] | None = None
+    ) -> None:
+        super().__init__(meta=meta)
+        self.roots, self.overrides, self.shots = tuple(roots), dict(overrides), shots
+        self.sources: dict[str, Source] = {}
+        self.missing: dict[str, str] = {}
+
+    def _load_full_config(self, entry: Entry, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
+        config = super()._load_full_config(entry, overrides)
+        if entry.kind is Kind.TASK:
+            for key, value in self.overrides.items():
+                if isinstance(value, dict) and isinstance(config.get(key), dict):
+                    config[key] = {**config[key], **value}
+                else:
+                    config[key] = value
+        return config
+
+    def _build_task(self, entry: Entry, overrides: dict[str, Any] | None) -> Task:
+        if entry.yaml_path is not None and load_yaml(entry.yaml_path, resolve_func=False).get("unsafe_code"):
+            raise ValueError(
+                f"task {entry.name} would run model-written code unprotected; qwench runs code in its sandbox only. "
+                "Tasks that do: humaneval, mbpp, multipl_e_js, humaneval_plus, mbpp_plus, each also as NAME_instruct"
+            )
+        if entry.yaml_path is not None and "ifeval" in entry.yaml_path.parts:
+            sentence_data()
+        config = self._load_full_config(entry, overrides)
+        path, name = config.get("dataset_path"), config.get("dataset_name")
+        own_data = callable(config.get("custom_dataset")) or "class" in config
+        shots = config.get("num_fewshot") or 0
+        if self.shots is not None and config.get("num_fewshot") != 0:
+            shots = self.shots
+        source = Source(str(path or ""), name, hub=not own_data)
+        changes = dict(overrides or {})
+        if path in layouts() and not own_data:
+            splits, files = self._local(entry.name, str(path), name, shots)
+            if splits is not None:
+                source.hub = False
+                source.files = {str(file): digest for file, digest in files.read.items()}
+                source.notes = files.notes
+                changes["custom_dataset"] = _always(splits)
+                if files.no_shots:
+                    changes["num_fewshot"] = 0
+        if source.hub and path:
+            self._refuse_without_hub(entry.name, str(path))
+        self.sources[entry.name] = source
+        return super()._build_task(entry, changes)
+
+    def _local(self, task: str, path: str, name: str | None, shots: int) -> tuple[datasets.DatasetDict | None, Files]:
+        """The data set from local files; None where the hub has it and the files are not here."""
+        files = Files(self.roots, shots)
+        if not self.roots and hub_answers():
+            return None, files
+        try:
+            splits = layouts()[path](files, name)
+        except MissingDataError as error:
+            if hub_answers() or in_cache(path):
+                return None, files
+            if not self.roots:
+                raise MissingDataError(
+                    f"task {task} needs {path} from the Hugging Face hub, which cannot be reached, or local files: "
+                    "give their directory by --data-dir (docs/evaluation.md lists names)"
+                ) from None
+            raise MissingDataError(f"task {task}: {error}") from None
+        for split, rows in splits.items():
+            if not rows:
+                raise ValueError(
+                    f"task {task}: {', '.join(map(str, files.read))} leave no rows for its split {split!r}"
+                )
+        return datasets.DatasetDict(
+            {split: datasets.Dataset.from_list(list(rows)) for split, rows in splits.items()}
+        ), files
+
+    def _refuse_without_hub(self, task: str, path: str) -> None:
+        """Say at once what would take half a minute of vain attempts; data that is in the hub's cache is used."""
+        if hub_answers() or Path(path).exists() or path in ("json", "csv", "parquet", "text", "arrow"):
+            return
+        if in_cache(path):
+            datasets.config.HF_HUB_OFFLINE = True
+            return
+        raise MissingDataError(
+            f"task {task} needs the data set {path} from the Hugging Face hub, which cannot be reached; qwench has "
+            "no local form for it. Run it where the hub answers, or fill the hub's cache there and copy it"
+        )
+
+    def _build_group_members(
+        self,
+        member_list: list[str | dict[str, Any]],
+        group_name: str,
+        overrides: dict[str, Any] | None,
+        registry: dict[str, Entry],
+    ) -> list[Task | Group]:
+        expanded: list[str | dict[str, Any]] = []
+        for item in member_list:
+            entry = registry.get(item) if isinstance(item, str) else None
+            expanded += sorted(entry.tags) if entry is not None and entry.kind is Kind.TAG else [item]
+        children: list[Task | Group] = []
+        for item in expanded:
+            try:
+                built = super()._build_group_members([item], group_name, overrides, registry)
+            except MissingDataError as error:
+                self.missing[str(item if isinstance(item, str) else item.get("task", item))] = str(error)
+                continue
+            children += [child for child in built if not isinstance(child, Group) or child.get_all_tasks()]
+        return children
+
+    def _build_tag(self, entry: Entry, overrides: dict[str, Any] | None, registry: Mapping[str, Entry]) -> list[Task]:
+        tasks: list[Task] = []
+        for name in sorted(entry.tags):
+            try:
+                tasks.append(self._build_task(registry[name], overrides))
+            except MissingDataError as error:
+                self.missing[name] = str(error)
+        return tasks
+
+
+def in_cache(path: str) -> bool:
+    """Whether a data set of the hub was loaded here before."""
+    return (Path(datasets.config.HF_DATASETS_CACHE) / path.replace("/", "___")).exists()
+
+
+def sentence_data() -> None:
+    """Let nltk find what splits text into sentences, which it would fetch from the net otherwise.
+
+    nltk's own data go first where they are installed or can be fetched.
+    """
+    import nltk
+
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError:
+        if hub_answers() and nltk.download("punkt_tab", quiet=True):
+            return
+        nltk.data.path.append(str(NLTK_DATA))
+
+
+def _lm_eval_index() -> dict[str, Entry]:
+    """lm-eval's tasks by name. Reading its fourteen thousand files takes many seconds, so what they say is kept."""
+    root = Path(lm_eval.tasks.__file__).parent
+    version = importlib.metadata.version("lm_eval")
+    cache = (
+        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwench" / f"lm_eval-{version}-tasks.json"
+    )
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        known = json.loads(cache.read_text(encoding="utf-8"))
+        if known["root"] == str(root):
+            return {
+                name: Entry(name, Kind[kind], None if path is None else root / path, tags=set(tags))
+                for name, kind, path, tags in known["tasks"]
+            }
+    with console.status(f"reading the tasks of lm-eval {version} (once)"):
+        index = TaskIndex.build([root])
+    lines = [
+        (
+            name,
+            entry.kind.name,
+            None if entry.yaml_path is None else str(entry.yaml_path.relative_to(root)),
+            sorted(entry.tags),
+        )
+        for name, entry in index.items()
+    ]
+    with contextlib.suppress(OSError):
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(cache, json.dumps({"root": str(root), "tasks": lines}))
+    return index
+
+
+def _always(splits: datasets.DatasetDict) -> Any:
+    """A function for `custom_dataset`, which lm-eval calls with a task's metadata."""
+
+    def local_data(**metadata: Any) -> datasets.DatasetDict:
+        return splits
+
+    return local_data
+
+
+class Catalogue:
+    """All tasks that there are, lm-eval's and ours; a name of ours goes before the same name of lm-eval."""
+
+    def __init__(self, include: Sequence[Path] = (), families: Sequence[str] | None = None) -> None:
+        """`include`: directories with further YAML tasks, whose names go before all others. `families`: folders of
+        lm-eval's tasks to know of (all by default, which takes a moment)."""
+        for directory in include:
+            if not directory.is_dir():
+                raise ValueError(f"--include-path {directory} is no directory; give one that holds YAML tasks")
+        self.manager = TaskManager(include_defaults=False)
+        index = self.manager._index
+        if families is None:
+            index.update(_lm_eval_index())
+        else:
+            index.update(TaskIndex.build([Path(lm_eval.tasks.__file__).parent / family for family in families]))
+        for name, entry in TaskIndex.build([TASKS]).items():
+            if entry.kind is Kind.TAG and name in index:
+                index[name].tags |= entry.tags
+            else:
+                index[name] = entry
+        index.update(TaskIndex.build(list(include)))
+        self.index: Mapping[str, Entry] = index
+
+    def names(self, pattern: str = "") -> list[str]:
+        """Tasks, groups and tags; `pattern` may have wildcards, else it is a part of the name."""
+        names = sorted(self.index)
+        if not pattern:
+            return names
+        if any(sign in pattern for sign in "*?["):
+            return [name for name in names if fnmatch.fnmatch(name, pattern)]
+        return [name for name in names if pattern in name]
+
+    def is_ours(self, name: str) -> bool:
+        path = self.index[name].yaml_path
+        return path is not None and path.is_relative_to(TASKS)
+
+    def matching(self, name: str) -> list[str]:
+        """The tasks that a name on the command line means. Raises ValueError with a suggestion."""
+        if name in self.index or Path(name).suffix in (".yaml", ".yml"):
+            return [name]
+        if any(sign in name for sign in "*?[") and (found := self.names(name)):
+            return found
+        near = difflib.get_close_matches(name, self.index, n=3)
+        hint = f"did you mean {', '.join(near)}?" if near else "qwench eval --list-tasks shows all"
+        raise ValueError(f"there is no task {name!r}; {hint}")
+
+    def try_files(self, name: str, roots: Sequence[Path]) -> None:
+        """Read the local files of a single task, so that a mistake in them is told before a model is loaded.
+
+        Raises ValueError. Groups and tasks without a local form are left to `load`.
+        """
+        entry = self.index.get(name)
+        if entry is None or entry.kind is not Kind.TASK or entry.yaml_path is None:
+            return
+        config = load_yaml(entry.yaml_path, resolve_func=False)
+        path = config.get("dataset_path")
+        if path in layouts() and "custom_dataset" not in config:
+            LocalTaskFactory(roots, {}, None)._local(name, path, config.get("dataset_name"), shots=0)
+
+    def load(
+        self,
+        name: str,
+        roots: Sequence[Path] = (),
+        overrides: Mapping[str, Any] | None = None,
+        shots: int | None = None,
+    ) -> Loaded:
+        """A task, group or tag with its data. Raises ValueError for what is missing or broken."""
+        factory = LocalTaskFactory(roots, overrides or {}, shots)
+        self.manager._factory = factory
+        try:
+            found = self.manager.load([name])
+        except ModuleNotFoundError as error:
+            raise ValueError(
+                f"task {name} needs the package {error.name}; install it with: pip install 'qwench[eval]'"
+            ) from None
+        tasks = found["tasks"]
+        if not tasks:
+            why = next(iter(factory.missing.values()), "it has no members")
+            raise MissingDataError(f"no part of {name} can run: {why}")
+        for task_name, task in tasks.items():
+            if isinstance(task, ConfigurableTask) and not len(task.eval_docs):
+                raise ValueError(f"task {task_name} has no questions; check its data file")
+        return Loaded(
+            tasks=tasks,
+            groups=found.get("groups", {}),
+            group_map=found.get("group_map", {}),
+            sources=factory.sources,
+            missing=factory.missing,
+        )

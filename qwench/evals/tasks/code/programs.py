@@ -1,0 +1,129 @@
+"""Functions of the tasks for code: programs from answers, their tests in the sandbox, and pass@k."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lm_eval.tasks
+
+from qwench.evals.code_tests import (
+    CodeProblem,
+    CodeResult,
+    evalplus_problem,
+    humaneval_problem,
+    mbpp_problem,
+    multipl_e_problem,
+    pass_at_k,
+    score_programs,
+    solution,
+)
+from qwench.evals.context import current
+
+Answers = list[list[str]]
+Docs = list[dict[str, Any]]
+Outcomes = list[list[dict[str, Any]]]
+KS = (1, 10, 100)
+
+
+def _run(
+    resps: Answers, docs: Docs, problem: Callable[[dict[str, Any]], CodeProblem], *, alone: bool = False
+) -> Outcomes:
+    """What became of every answer's program, with the program itself. `alone`: the answer is all of it, without the
+    prompt's imports and helpers."""
+    problems = [replace(problem(doc), prompt="") if alone else problem(doc) for doc in docs]
+    completions = [[answer.replace("\t", "    ") for answer in answers] for answers in resps]
+    results = score_programs(problems, completions, workers=current().workers)
+    return [
+        [_outcome(solution(one, text), result) for text, result in zip(texts, line, strict=True)]
+        for one, texts, line in zip(problems, completions, results, strict=True)
+    ]
+
+
+def _outcome(program: str, result: CodeResult) -> dict[str, Any]:
+    base = {} if result.base_passed is None else {"base_passed": result.base_passed}
+    told = {"status": result.status, "detail": result.detail, "program": program}
+    return {"passed": result.passed, **base, **told}
+
+
+def score(doc: dict[str, Any], results: list[Any]) -> dict[str, float]:
+    """pass@k from the outcomes of one problem's answers; base_pass@k where a problem has tests in two parts."""
+    outcomes = results[0]
+    scores: dict[str, float] = {}
+    for name, key in (("", "passed"), ("base_", "base_passed")):
+        if key in outcomes[0]:
+            num_right = sum(outcome[key] for outcome in outcomes)
+            scores |= {f"{name}pass@{k}": pass_at_k(len(outcomes), num_right, k) for k in KS if k <= len(outcomes)}
+    return scores
+
+
+def _stripped(doc: dict[str, Any]) -> dict[str, Any]:
+    """The document with its prompt as it is asked: without blanks around it, and with a line's end."""
+    return {**doc, "prompt": doc["prompt"].strip() + "\n"}
+
+
+def humaneval(resps: Answers, docs: Docs) -> Outcomes:
+    return _run(resps, docs, lambda doc: humaneval_problem(_stripped(doc)))
+
+
+def humaneval_alone(resps: Answers, docs: Docs) -> Outcomes:
+    return _run(resps, docs, humaneval_problem, alone=True)
+
+
+def mbpp(resps: Answers, docs: Docs) -> Outcomes:
+    return _run(resps, docs, mbpp_problem)
+
+
+def mbpp_examples() -> list[dict[str, Any]]:
+    """The prompt's three examples, tasks 2 to 4 of MBPP, which lm-eval carries."""
+    source = (Path(lm_eval.tasks.__file__).parent / "mbpp" / "utils.py").read_text(encoding="utf-8")
+    for node in ast.parse(
+        source
+    ).body:  # its module cannot be imported: that loads a metric which runs code unprotected
+        if isinstance(node, ast.FunctionDef) and node.name == "list_fewshot_samples":
+            returned = next(step for step in node.body if isinstance(step, ast.Return))
+            assert returned.value is not None
+            return ast.literal_eval(returned.value)
+    raise ValueError("this version of lm-eval has no examples for MBPP; use --num-fewshot 0")
+
+
+def multipl_e(resps: Answers, docs: Docs) -> Outcomes:
+    return _run(resps, docs, multipl_e_problem)
+
+
+def multipl_e_alone(resps: Answers, docs: Docs) -> Outcomes:
+    return _run(resps, docs, multipl_e_problem, alone=True)
+
+
+def evalplus_question(doc: dict[str, Any]) -> str:
+    """The prompt as EvalPlus asks it; the hub's copy of MBPP+ has its text and tests apart."""
+    prompt = str(doc["prompt"]).strip()
+    if doc.get("test_list") and '"""' not in prompt:
+        prompt = f'"""\n{prompt}\n{doc["test_list"][0]}\n"""'
+    return prompt + "\n"
+
+
+def evalplus_chat_question(doc: dict[str, Any]) -> str:
+    return f"Can you complete the following Python function?\n```python\n{evalplus_question(doc).rstrip()}\n```\n"
+
+
+def _evalplus(doc: dict[str, Any]) -> CodeProblem:
+    doc = {**doc, "prompt": evalplus_question(doc)}
+    if "base_input" in doc:  # EvalPlus' own files
+        inputs = {name: json.loads(doc[name]) for name in ("base_input", "plus_input")}
+        return evalplus_problem({**doc, **inputs})
+    if "entry_point" in doc:
+        return humaneval_problem(doc)
+    return CodeProblem(f"Mbpp/{doc['task_id']}", doc["prompt"], f"\n{doc['test']}\n", "")
+
+
+def evalplus(resps: Answers, docs: Docs) -> Outcomes:
+    return _run(resps, docs, _evalplus)
+
+
+def evalplus_alone(resps: Answers, docs: Docs) -> Outcomes:
+    return _run(resps, docs, _evalplus, alone=True)
