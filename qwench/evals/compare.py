@@ -415,17 +415,16 @@ def _run_warnings(ours: EvalRun, theirs: EvalRun) -> list[str]:
 
 
 def _gathered(warnings: Sequence[str]) -> list[str]:
-    """The same warning of many tasks once."""
+    """The same warning of many tasks once; not of tasks what is said of the whole run."""
     tasks: dict[str, list[str]] = {}
     for warning in warnings:
         task, colon, what = warning.partition(": ")
         tasks.setdefault(what if colon else warning, []).append(task if colon else "")
-    return [
-        what
-        if names == [""]
-        else f"{', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}: {what}"
-        for what, names in tasks.items()
-    ]
+    told = []
+    for what, names in tasks.items():
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        told.append(what if "" in names else f"{', '.join(names[:3])}{more}: {what}")
+    return told
 
 
 def _pairs(found: Matched, metric: str) -> Pairs | None:

@@ -101,15 +101,16 @@ def mini_suite(
     started = time.monotonic()
     suite = SUITE if suite is None else suite
     with _undisturbed():
+        from qwench.evals.harness import Item, Plan, evaluate, quiet
+
+        quiet()  # before lm-eval is imported
         try:
             from qwench.evals.local_files import MissingDataError
             from qwench.evals.task_loading import Catalogue
         except ModuleNotFoundError as error:
-            needed = f"the suite needs the package {error.name}; install it with: pip install 'qwench[eval]'"
+            needed = f"the mini-suite needs the package {error.name}; install it with: pip install 'qwench[eval]'"
             raise ValueError(needed) from None
-        from qwench.evals.harness import Item, Plan, evaluate, quiet
-
-        quiet()
+        _hide_bars()
         timed = _Timed(engine, started + seconds)
         catalogue = Catalogue(families=FAMILIES)
         scores: dict[str, float] = {}
@@ -137,6 +138,14 @@ def mini_suite(
     if len(missing) == len(suite):
         raise ValueError(f"no task of the mini-suite has its data: {missing[0]}")
     return scores | {"seconds": round(time.monotonic() - started, 3)}
+
+
+def _hide_bars() -> None:
+    """lm-eval's progress bars would break the one of the training; TQDM_DISABLE comes too late for a process that has
+    loaded tqdm before."""
+    import lm_eval.api.task
+
+    setattr(lm_eval.api.task, "tqdm", lambda documents, **settings: documents)  # noqa: B010
 
 
 @contextmanager

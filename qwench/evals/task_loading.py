@@ -95,7 +95,7 @@ class LocalTaskFactory(TaskFactory):
 
     def _load_full_config(self, entry: Entry, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
         config = super()._load_full_config(entry, overrides)
-        if entry.kind is Kind.TASK:
+        if entry.kind in (Kind.TASK, Kind.PY_TASK):
             for key, value in self.overrides.items():
                 if isinstance(value, dict) and isinstance(config.get(key), dict):
                     config[key] = {**config[key], **value}

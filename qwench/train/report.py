@@ -124,7 +124,8 @@ def _mini(records: Sequence[Record]) -> str:
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.0), squeeze=False)
     for name in names:
         values = [{"step": r["step"], "value": r["mini"].get(name)} for r in records if r.get("mini")]
-        axes[0, name == "bits_per_byte"].plot(*_points(values, "value"), "o-", markersize=3, linewidth=1, label=name)
+        axis = axes[0, int(name == "bits_per_byte")]
+        axis.plot(*_points(values, "value"), "o-", markersize=3, linewidth=1, label=name)
     for axis, title in zip(axes.flat, ("score", "bits per byte"), strict=True):
         axis.set(xlabel="step", ylabel=title)
         axis.grid(alpha=0.25)

@@ -156,7 +156,8 @@ def test_documents_are_matched_by_content_and_the_rest_is_told(tmp_path: Path) -
     base = [answer_sample(n, f"q{n}", "1", "1") for n in range(30)]
     other = [answer_sample(n, f"q{n + 5}", "2", "1", prompt=f"other prompt of q{n + 5}") for n in range(30)]
     one = write_run(tmp_path / "a", {"t": base, "only": graded([1.0])}, model="new")
-    two = write_run(tmp_path / "b", {"t": other}, model="old", setting={"num_fewshot": 5}, limit=30, complete=False)
+    changed = {"num_fewshot": 5, "seed": 7}
+    two = write_run(tmp_path / "b", {"t": other}, model="old", setting=changed, limit=30, complete=False, seed=7)
     comparison = compare_runs(one, two)
     row = comparison.row("t")
     assert (row.n, row.value, row.baseline) == (25, 1.0, 0.0)
@@ -165,6 +166,7 @@ def test_documents_are_matched_by_content_and_the_rest_is_told(tmp_path: Path) -
     assert "t: 25 of 25 prompts differ" in told
     assert "t: num_fewshot is 0 here and 5 in the baseline" in told
     assert "limit is null here and 30 in the baseline" in told
+    assert [line for line in told.splitlines() if "seed" in line] == ["seed is 1234 here and 7 in the baseline"]
     assert "the baseline is not complete" in told
     assert [r.task for r in comparison.rows] == ["t"]
 

@@ -20,12 +20,15 @@ from qwench.tools.sandbox import Sandbox, SandboxUnavailable
 from qwench.types import SamplingParams
 
 OWN = sorted(path.stem for path in (TASKS / "own").glob("*.yaml"))
-OPTIONS = {"metadata": {"lengths": [2048], "length": 256, "bins": 4, "windows": 2, "samples": 2}}
+MAX_LEN = 2049
+"""The context; perplexity by position takes windows of one token less."""
+OPTIONS = {"metadata": {"lengths": [2048], "samples": 2}}
 
 
 @pytest.fixture(scope="module")
 def engine(make_model: Callable, tiny_config, tiny_tokenizer: Tokenizer) -> Iterator[Engine]:
-    with Engine(make_model(tiny_config), tokenizer=tiny_tokenizer, config=EngineConfig(cache_tokens=12_000)) as made:
+    config = EngineConfig(cache_tokens=12_000, max_len=MAX_LEN)
+    with Engine(make_model(tiny_config), tokenizer=tiny_tokenizer, config=config) as made:
         yield made
 
 
@@ -41,7 +44,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     files: dict[str, str | list[dict]] = {
         "squad.json": squad,
         "hotpot.json": squad,
-        "wikitext2_valid.txt": "The mill stands by the river, and nobody counts.\n" * 40,
+        "wikitext2_valid.txt": "The mill stands by the river, and nobody counts.\n" * 300,
         "cruxeval.jsonl": [{"id": "0", "code": "def f(x):\n    return x", "input": "1", "output": "1"}] * 2,
         "fim.jsonl": [
             {"name": n, "language": n, "prompt": "a\n", "suffix": "c\n", "canonical_solution": "b"}
@@ -96,12 +99,21 @@ def test_losses_by_position_add_up_to_the_rolling_one(
     engine: Engine, data: Path, catalogue: Catalogue, tiny_tokenizer: Tokenizer
 ) -> None:
     """The bins of a window, asked one by one, are the whole window's log-likelihood."""
-    plan = Plan(items=[Item(task="perplexity_by_position", overrides=OPTIONS)], data_dirs=(data,))
+    plan = Plan(items=[Item(task="perplexity_by_position")], data_dirs=(data,))
     metrics = evaluate(engine, plan, catalogue=catalogue)["tasks"]["perplexity_by_position"]["metrics"]
     tokens = tiny_tokenizer.encode((data / "wikitext2_valid.txt").read_text(encoding="utf-8"))
-    windows = [[tiny_tokenizer.eod_id, *tokens[start : start + 256]] for start in (0, 256)]
-    done = engine.generate(windows, SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=True))
-    losses = [-value for one in done for value in (one.prompt_logprobs or [])[1:] if value is not None]
-    assert len(losses) == 512
-    assert metrics["perplexity"]["value"] == pytest.approx(math.exp(sum(losses) / 512), rel=1e-4)
-    assert set(metrics) == {"perplexity", "nll_0_64", "nll_64_128", "nll_128_192", "nll_192_256"}
+    length = MAX_LEN - 1
+    windows = [tokens[start : start + length] for start in range(0, len(tokens) - length + 1, length)]
+    assert len(windows) >= 2
+    prompts = [[tiny_tokenizer.eod_id, *window] for window in windows]
+    losses: list[float] = []
+    for prompt in prompts:
+        params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=True, first_logprobs=[prompt[-1]])
+        (done,) = engine.generate([prompt[:-1]], params)
+        assert done.prompt_logprobs is not None
+        assert done.first_logprobs is not None
+        losses += [-value for value in done.prompt_logprobs[1:] if value is not None]
+        losses.append(-done.first_logprobs[prompt[-1]])
+    assert len(losses) == length * len(windows)
+    assert metrics["perplexity"]["value"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
+    assert list(metrics) == ["perplexity", *(f"nll_{128 * n}_{128 * n + 128}" for n in range(16))]

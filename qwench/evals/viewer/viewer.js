@@ -223,7 +223,7 @@ function detail(row, sample) {
   const parts = [el("div", { class: "head" },
     mark(row.task, row.value), two ? mark(row.task, row.other) : null,
     el("b", {}, ` ${row.task} `), `sample ${row.id}`, only ? " (only in the baseline)" : row.sameAnswer === 2 ? " (only in this run)" : "")];
-  const response = (record) => (record.response && record.response.length === 1 ? record.response[0] : record.response);
+  const response = (record) => (Array.isArray(record.response) ? record.response.join("\n\n— next answer —\n\n") : record.response);
   if (sample.choices) parts.push(...beside("Choices", { value: sample.choices }, other && { value: other.choices }, (value) => choiceTable(value, sample.target)));
   if ("response" in sample) parts.push(...beside("Answer", { value: response(sample) }, other && { value: response(other) }));
   if ("logprob" in sample) parts.push(...beside("Log-probability", { value: sample.logprob }, other && { value: other.logprob }));
