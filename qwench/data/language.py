@@ -168,6 +168,8 @@ def script_of(text: str) -> str:
     A character of Chinese counts two, so that a Chinese text with English names is Chinese. Kana in a tenth of a text
     make it Japanese.
     """
+    if text.isascii():
+        return "Latn" if text.lower() != text.upper() else ""
     points = np.frombuffer(text.encode("utf-32-le", "replace"), np.uint32)
     counts = np.bincount(_script_table()[np.minimum(points, _TABLE_SIZE - 1)], minlength=len(_NAMES) + 1)[:-1]
     latin = counts[_LATIN]

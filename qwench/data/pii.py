@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
 
 from qwench.config import config
 
@@ -50,25 +51,9 @@ _PHONE_WORD = re.compile(
     r"|电话|電話|手机|手機|联系方式|传真|전화|携帯)\s{0,2}(?:nr|no|number|num|号码|番号)?\s{0,2}[.:：]{0,2}\s{0,3}\+?\(?$",
     re.I,
 )
-_KEY_MARKS = (
-    "AKIA",
-    "ASIA",
-    "ghp_",
-    "gho_",
-    "ghs_",
-    "github_pat_",
-    "glpat-",
-    "sk-",
-    "sk_live_",
-    "rk_live_",
-    "AIza",
-    "xox",
-    "eyJ",
-    "PRIVATE KEY",
-    "hf_",
-    "npm_",
-    "pypi-",
-)
+_KEY_MARKS = ("AKIA", "ASIA", "glpat-", "sk-", "AIza", "xox", "eyJ", "PRIVATE KEY", "pypi-")
+_KEY_MARKS_WITH_LINE = ("ghp_", "gho_", "ghs_", "github_pat_", "sk_live_", "rk_live_", "hf_", "npm_")
+"""The others, without which there is no key either; most prose has no underscore."""
 _KEY = re.compile(
     r"-----BEGIN (?:[A-Z0-9 ]{0,30})PRIVATE KEY(?: BLOCK)?-----(?:[^-]|-(?!----)){1,12000}"
     r"-----END (?:[A-Z0-9 ]{0,30})PRIVATE KEY(?: BLOCK)?-----"
@@ -99,15 +84,28 @@ def scrub(text: str, rules: PiiRules, *, numbers_are_data: bool = False) -> tupl
     ('Write to <EMAIL> or call <PHONE>.', Counter({'email': 1, 'phone': 1}))
     """
     counts: Counter[str] = Counter()
-    if rules.key and any(mark in text for mark in _KEY_MARKS):
-        text = _replace(_KEY, "key", text, counts)
+    if rules.key and (marks := _key_marks(text)):
+        # Only a private key goes over several lines.
+        if "PRIVATE KEY" in marks:
+            text = _replace(_KEY, "key", text, counts)
+        else:
+            text = _replace_in_lines(_KEY, "key", text, lambda line: any(mark in line for mark in marks), counts)
     if rules.email and "@" in text:
         text = _scrub_emails(text, counts)
     if rules.ip and _COLONS.search(text):
-        text = _replace(_IPV6, "ip", text, counts)
+        text = _replace_in_lines(_IPV6, "ip", text, _may_have_ipv6, counts)
     if rules.ip or rules.phone:
         text = _scrub_numbers(text, rules.ip, rules.phone and not numbers_are_data, counts)
     return text, counts
+
+
+def _may_have_ipv6(line: str) -> bool:
+    return "::" in line or _COLONS.search(line) is not None
+
+
+def _key_marks(text: str) -> list[str]:
+    marks = [mark for mark in _KEY_MARKS if mark in text]
+    return marks + [mark for mark in _KEY_MARKS_WITH_LINE if mark in text] if "_" in text else marks
 
 
 def _scrub_numbers(text: str, ip: bool, phone: bool, counts: Counter[str]) -> str:
@@ -149,6 +147,14 @@ def _replace(pattern: re.Pattern[str], kind: str, text: str, counts: Counter[str
     if count:
         counts[kind] += count
     return text
+
+
+def _replace_in_lines(
+    pattern: re.Pattern[str], kind: str, text: str, worth: Callable[[str], bool], counts: Counter[str]
+) -> str:
+    """`_replace` for a pattern without line ends, tried in those lines alone that may have it."""
+    lines = text.split("\n")
+    return "\n".join([_replace(pattern, kind, line, counts) if worth(line) else line for line in lines])
 
 
 def _scrub_emails(text: str, counts: Counter[str]) -> str:

@@ -18,12 +18,13 @@ from qwench.data.text import TextCounts, count_text
 from qwench.types import KEEP, Verdict
 
 UNSPACED_LANGUAGES = frozenset(("zh", "ja", "th", "lo", "km", "my", "bo", "wuu", "yue"))
-_BULLETS = ("-", "*", "•", "‣", "▪", "●", "○", "–", "—", "·", "➤", "►", "→", "※", "・", "*")
+_BULLETS = frozenset("-*•‣▪●○–—·➤►→※・*")
 _ELLIPSES = ("...", "…", "。。。", "[...]", "[…]")
-_LINE_ENDS = (
+_ELLIPSIS_ENDS = frozenset(ellipsis[-1] for ellipsis in _ELLIPSES)
+_LINE_ENDS = frozenset((
     ".", "!", "?", "…", '"', "'", "”", "’", "»", "。", "！", "？", "」", "』", "”", "）", ")", ":", "：", ";", "；",
     "।", "॥", "؟", "۔", "၊", "។", "།", "،", "~", "～",
-)  # fmt: skip
+))  # fmt: skip
 _LOREM = re.compile(r"lorem ipsum", re.I)
 _TEX = re.compile(r"\\[a-zA-Z]{2,}|\$(?=\S)[^$\n]{1,200}(?<=\S)\$(?!\d)|\\[\[\]()]")
 _OPERATOR = re.compile("[∑∏∫√∞≤≥≠≈∈∉⊂⊆∪∩∀∃∂∇⇒⇔±×÷]")
@@ -109,6 +110,8 @@ def is_mathematics(text: str, min_share: float) -> bool:
     found = len(_TEX.findall(text)) if "\\" in text or text.count("$") > 1 else 0
     if not text.isascii():
         found += len(_OPERATOR.findall(text))
+    if not found and min_share >= 0:
+        return False
     return found > min_share * (text.count(" ") + text.count("\n") + 1)
 
 
@@ -158,9 +161,10 @@ def _judge_quality(
         return _drop("hash_signs", hashes)
     if (ellipses := (text.count("...") + text.count("…")) / count) > rules.max_symbol_word_share:
         return _drop("ellipses", ellipses)
-    if (share := sum([line.startswith(_BULLETS) for line in lines]) / len(lines)) > rules.max_bullet_line_share:
+    if (share := sum([line[0] in _BULLETS for line in lines]) / len(lines)) > rules.max_bullet_line_share:
         return _drop("bullet_lines", share)
-    if (share := sum([line.endswith(_ELLIPSES) for line in lines]) / len(lines)) > rules.max_ellipsis_line_share:
+    ellipsis_lines = sum([line[-1] in _ELLIPSIS_ENDS and line.endswith(_ELLIPSES) for line in lines])
+    if (share := ellipsis_lines / len(lines)) > rules.max_ellipsis_line_share:
         return _drop("ellipsis_lines", share)
     if unspaced or mathematics:
         return KEEP
@@ -190,7 +194,7 @@ def _judge_page(
         return _drop("braces", share)
     if rules.drop_lorem_ipsum and _LOREM.search(text):
         return _drop("lorem_ipsum", 1)
-    if (share := sum([line.endswith(_LINE_ENDS) for line in lines]) / len(lines)) < rules.min_punctuated_line_share:
+    if (share := sum([line[-1] in _LINE_ENDS for line in lines]) / len(lines)) < rules.min_punctuated_line_share:
         return _drop("few_punctuated_lines", share)
     short = rules.short_line_chars / 2 if unspaced else rules.short_line_chars
     if (share := sum([len(line) <= short for line in lines]) / len(lines)) > rules.max_short_line_share:

@@ -7,7 +7,6 @@ by C (`prose_kernel.c`); numpy gives the same results more slowly where there is
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,14 +21,12 @@ _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 
 def duplicate_shares(parts: Sequence[str]) -> tuple[float, float]:
     """Share of parts (lines or paragraphs) that stood before, and the share of characters in them."""
-    if len(parts) < 2:
+    distinct = set(parts)
+    if len(distinct) == len(parts):
         return 0.0, 0.0
-    if len(set(parts)) == len(parts):
-        return 0.0, 0.0
-    counts = Counter(parts)
     chars = sum(map(len, parts))
-    repeated = sum((count - 1) * len(part) for part, count in counts.items() if count > 1)
-    return (len(parts) - len(counts)) / len(parts), repeated / max(1, chars)
+    repeated = chars - sum(map(len, distinct))
+    return (len(parts) - len(distinct)) / len(parts), repeated / max(1, chars)
 
 
 def paragraphs_of(text: str) -> list[str]:

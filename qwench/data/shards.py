@@ -247,7 +247,7 @@ def write_shard(stem: Path, tokens: np.ndarray, lengths: np.ndarray, vocab_size:
     assert lengths.min() > 0
     sums = []
     for suffix, array in (
-        (".bin", tokens.astype(token_dtype(vocab_size))),
+        (".bin", tokens.astype(token_dtype(vocab_size), copy=False)),
         (".idx", np.cumsum(lengths, dtype=INDEX_DTYPE)),
     ):
         data = np.ascontiguousarray(array).data.cast("B")

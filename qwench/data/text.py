@@ -30,12 +30,13 @@ _CONTROLS = re.compile("[\x00-\x08\x0e-\x1b\x1f\x7f-\x84\x86-\x9f\ufeff\ufff9-\u
 _ASCII_CONTROLS = bytes((*range(9), *range(14, 28), 31, 127))
 _SURROGATES = re.compile("[\ud800-\udfff]")
 _BLANKS = " \t\u3000\xa0"
-_TRAILING_BLANK = re.compile(r"[ \t\u3000\xa0]\n")
+_TRAILING_BLANKS = tuple(f"{blank}\n" for blank in _BLANKS)
+_ASCII_LINE_ENDS = ("\r", "\x0b", "\x0c", "\x1c", "\x1d", "\x1e")
 _OTHER_LINE_END = re.compile("[\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
 _BLANK_LINES = re.compile("\n{4,}")
 _LETTER = re.compile(r"[^\W\d_]")
 _WESTERN_WORD = re.compile("[A-Za-z0-9]+")
-_LONG_BYTES = 4096
+_SHORT_BYTES, _LONG_BYTES = 1500, 4096
 _CODE_TABLE_BYTES = 320
 """Deflate's tables of one block take no more."""
 
@@ -51,12 +52,14 @@ def clean_text(text: str) -> str:
     """
     if text.isascii():
         text = text.encode().translate(None, _ASCII_CONTROLS).decode()
+        other_line_ends = any([end in text for end in _ASCII_LINE_ENDS])
     else:
         text = unicodedata.normalize("NFC", _CONTROLS.sub("", _without_surrogates(text)))
+        other_line_ends = _OTHER_LINE_END.search(text)
     # splitlines knows every line end of Unicode
-    if _OTHER_LINE_END.search(text):
+    if other_line_ends:
         text = "\n".join(text.splitlines())
-    if _TRAILING_BLANK.search(text):
+    if any([blank in text for blank in _TRAILING_BLANKS]):
         text = "\n".join([line.rstrip(_BLANKS) for line in text.split("\n")])
     if "\n\n\n\n" in text:
         text = _BLANK_LINES.sub("\n\n\n", text)
@@ -163,8 +166,8 @@ def _compresses_below(text: str, share: float) -> float | None:
     """`compressed_share` if it is below `share`, else None."""
     data = text.encode("utf-8", "replace")
     # The whole does not become smaller than its beginning does, but for the tables of codes.
-    if len(data) > _LONG_BYTES:
-        beginning = data[: len(data) * 2 // 5]
+    if len(data) > _SHORT_BYTES:
+        beginning = data[: len(data) * (2 if len(data) > _LONG_BYTES else 3) // 5]
         if len(zlib.compress(beginning, 1)) - _CODE_TABLE_BYTES > share * len(data):
             return None
     compressed = len(zlib.compress(data, 1)) / max(1, len(data))

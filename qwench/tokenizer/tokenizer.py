@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import codecs
 import functools
+import itertools
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from qwench.tokenizer import backend, chat, files, replies
+from qwench.tokenizer import backend, bpe, bpe_native, chat, files, replies
 from qwench.tokenizer.messages import Messages, Tools
 from qwench.tokenizer.special import CONTROL_SETS, ENDOFTEXT, IM_END, IM_START
 from qwench.tokenizer.vocabulary import Vocabulary
@@ -86,6 +87,8 @@ class Tokenizer:
         """The same vocabulary with another chat format; the encoder is shared."""
         other = Tokenizer(self.vocabulary, chat_format=name)
         other.__dict__["_backend"] = self._backend
+        if "_bulk" in self.__dict__:
+            other.__dict__["_bulk"] = self._bulk
         return other
 
     @property
@@ -105,9 +108,26 @@ class Tokenizer:
         """Which library encodes: "gigatoken" or "tokenizers"."""
         return self._backend.name
 
+    @functools.cached_property
+    def _bulk(self) -> bpe_native.Encoder | None:
+        """The compiled encoder where there is one and it gives what the definition says on some awkward texts."""
+        encoder = bpe_native.load(self.vocabulary.tokens, self.vocabulary.merges)
+        if encoder is None:
+            return None
+        for text in map(backend.normalise, backend.TRICKY):
+            data = np.frombuffer(text.encode(), np.uint8)
+            (ids,) = encoder.encode(data, np.array([0, len(data)], np.int64), normal=True)
+            if ids is not None and ids.tolist() != bpe.encode(text, self.vocabulary.ranks):
+                return None
+        return encoder
+
+    @functools.cached_property
+    def _exact(self) -> backend.Backend:
+        return backend.TokenizersBackend(self.vocabulary)
+
     def __getstate__(self) -> dict[str, Any]:
-        """For worker processes: all but the encoder, which each process builds anew."""
-        return {name: value for name, value in self.__dict__.items() if name != "_backend"}
+        """For worker processes: all but the encoders, which each process builds anew."""
+        return {name: value for name, value in self.__dict__.items() if name not in ("_backend", "_bulk", "_exact")}
 
     def __repr__(self) -> str:
         return f"Tokenizer(vocab_size={self.vocab_size}, chat_format={self.chat_format!r})"
@@ -136,6 +156,35 @@ class Tokenizer:
         if parse_special:
             return [self._encode(text, parse_special) for text in texts]
         return self._backend.encode_batch(texts, parallel=None if num_threads is None else num_threads > 1)
+
+    def encode_utf8(
+        self, data: np.ndarray, starts: np.ndarray, *, closing: int | None = None, num_threads: int = 1
+    ) -> list[np.ndarray]:
+        """The ids of `encode` for many texts that lie end to end as valid UTF-8, which is how Arrow has them.
+
+        `data` uint8 [bytes]; text i is data[starts[i] : starts[i + 1]], `starts` int64 [n + 1]. One uint32 array [n_i]
+        each, in order, with the id `closing` behind it if one is given. For corpora: about as fast in every script,
+        with a few megabytes of memory however much is encoded.
+        """
+        bulk = self._bulk
+        ending = [] if closing is None else [closing]
+        bounds = starts.tolist()
+        if bulk is None:
+            texts = [data[start:end].tobytes().decode() for start, end in itertools.pairwise(bounds)]
+            found = self.encode_batch(texts, num_threads=num_threads)
+            return [np.append(ids, ending).astype(np.uint32) for ids in found]
+        closing = -1 if closing is None else closing
+        encoded = bulk.encode(data, starts, closing, num_threads=num_threads)
+        result = []
+        for ids, start, end in zip(encoded, bounds, bounds[1:], strict=False):
+            if ids is None:  # a text with marks that may have to be composed, or with characters of the newest Unicode
+                text = backend.normalise(data[start:end].tobytes().decode())
+                again = np.frombuffer(text.encode(), np.uint8)
+                (ids,) = bulk.encode(again, np.array([0, len(again)], np.int64), closing, normal=True)
+                if ids is None:
+                    ids = np.append(self._exact.encode(text), ending).astype(np.uint32)
+            result.append(ids)
+        return result
 
     def _encode(self, text: str, parse_special: bool) -> np.ndarray:
         if not parse_special:

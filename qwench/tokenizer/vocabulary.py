@@ -11,7 +11,7 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from qwench.tokenizer import bpe
+from qwench.tokenizer import bpe, bpe_native
 from qwench.tokenizer.special import ENDOFTEXT, IM_END, IM_START, ControlToken, control_tokens
 
 
@@ -62,7 +62,8 @@ class Vocabulary:
     @classmethod
     def from_tokens(cls, tokens: Sequence[bytes], generation: str) -> Vocabulary:
         """From the bytes of the regular tokens in rank order; merges are recovered from the ranks."""
-        return cls(tokens, bpe.recover_merges(tokens), control_tokens(generation, len(tokens)))
+        merges = bpe_native.split_tokens(tokens) or bpe.recover_merges(tokens)
+        return cls(tokens, merges, control_tokens(generation, len(tokens)))
 
     @functools.cached_property
     def ranks(self) -> Mapping[bytes, int]:

@@ -60,14 +60,16 @@ def eager_workers(monkeypatch):
 
 @pytest.mark.usefixtures("eager_workers")
 def test_the_number_of_workers_changes_no_byte(tmp_path, tokenizer, monkeypatch):
-    used = []
-    start = encode._Worker.start
+    made, used = [], []
+    make, start = encode._Worker.__init__, encode._Worker.start
+    monkeypatch.setattr(encode._Worker, "__init__", lambda worker, tok: (make(worker, tok), made.append(worker))[0])
     monkeypatch.setattr(encode._Worker, "start", lambda worker, job: (used.append(worker), start(worker, job)))
 
     def slowly():
         for i, document in enumerate(corpus(3000)):
-            if i % 300 == 0:
-                time.sleep(0.2 if len(set(map(id, used))) < 2 else 0)  # until both others are ready
+            if i == 300:  # both others are there, and wait for work from here on
+                assert len(made) == 2
+                assert all(worker._loaded or worker._pipe.poll(100) for worker in made)
             yield document
 
     for workers in (1, 3):

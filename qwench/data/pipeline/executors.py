@@ -45,7 +45,8 @@ def run_tasks(room: Room, job: Job, todo: Sequence[Task], alone: bool) -> Iterat
     if not todo:
         return
     small = room.in_process or (room.in_process is None and (alone or len(todo) == 1))
-    if room.runner == "local" and (small or room.num_workers == 1):
+    # A process for one small item would only be waited for, also on a cluster.
+    if (alone and len(todo) == 1) or (room.runner == "local" and (small or room.num_workers == 1)):
         threads = _threads.set(room.num_workers)
         try:
             for task in todo:

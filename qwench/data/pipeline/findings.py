@@ -40,6 +40,37 @@ _KEPT_BYTES = ("kept_bytes", "text_bytes", "bytes")
 LangKind = tuple[str, str]
 
 
+DEDUP_COUNTS = {
+    "documents": "documents left",
+    "bytes": "> bytes of text",
+    "dropped": "documents dropped",
+    "exact_duplicate": "> for being equal to another",
+    "exact_duplicate_chars": ">> characters in these",
+    "near_duplicate": "> for being nearly equal to another",
+    "near_duplicate_chars": ">> characters in these",
+    "duplicate_pieces": "> for having nothing left but what others say",
+    "duplicate_pieces_chars": ">> characters in these",
+    "cut_documents": "documents that lost paragraphs which stand in others",
+    "cut_chars": "> characters in these paragraphs",
+    "cluster_clusters": "clusters of duplicates",
+    "cluster_members": "> documents in them",
+    "largest_cluster": "> documents in the largest",
+    "cluster_exact": "> members equal to the one that stayed",
+    "cluster_near": "> members nearly equal to it",
+    "cluster_displaced": "documents of an earlier run that others replaced",
+    "cluster_unresolved": "documents that resembled no survivor and stayed",
+    "match_exact_groups": "groups of equal hashes of whole texts",
+    "match_exact_in_groups": "> entries in them",
+    "match_near_groups": "groups of equal bands of MinHash",
+    "match_near_in_groups": "> entries in them",
+    "match_edges": "links between documents from both",
+    "pieces_paragraphs": "long paragraphs and lines compared",
+    "pieces_distinct": "> different ones among them",
+    "pieces_cuts": "> places that were cut",
+}
+"""What the counts of the stage "dedup" are; what belongs to the entry above has a mark for every step to the right."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shown:
     """The beginning of a document, with its number of characters."""

@@ -67,7 +67,8 @@ class Room:
     """For Ray: "auto", "HOST:PORT" or None for what RAY_ADDRESS says."""
     in_process: bool | None = None
     """True: everything is done by this process, which is faster for small inputs (starting others takes a second a
-    stage); so it always is with one worker. None: so are stages below their `alone_bytes`. False: none."""
+    stage); so it always is with one worker. None: so are stages below their `alone_bytes`. False: only single items
+    below it."""
     watcher: Watcher | None = None
     _digests: dict[str, str] = field(default_factory=dict)
 

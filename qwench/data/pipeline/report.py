@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from qwench import page
-from qwench.data.pipeline.findings import Findings, ReasonFindings, Shown, StageFindings, read_findings
+from qwench.data.pipeline.findings import DEDUP_COUNTS, Findings, ReasonFindings, Shown, StageFindings, read_findings
 from qwench.data.pipeline.models_job import BINS
 from qwench.run import write_atomically
 
@@ -32,7 +32,9 @@ svg.h { background: none; border-radius: 0; vertical-align: bottom; color: #4a7f
 border-radius: 4px; max-height: 16rem; overflow-y: auto; margin: .3rem 0 .8rem; } .id { overflow-wrap: anywhere; }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: .8rem; } .pair > div { min-width: 0; }
 ins, del { text-decoration: none; border-radius: 2px; } ins { background: #2a9d6355; } del { background: #c8553d55; }
+pre.wrap { white-space: pre-wrap; }
 details { margin: .2rem 0; } summary { cursor: pointer; } .cell { overflow-wrap: anywhere; }
+.wide { display: inline-block; width: 18rem; }
 @media (max-width: 40rem) { .pair { grid-template-columns: 1fr; } }
 """
 
@@ -72,7 +74,7 @@ def write_report(out: Path) -> Path:
     sources = ", ".join(page.text(entry["source"]) for entry in summary["plan"]["sources"])
     lead = f"{summary['plan']['bytes'] / 1e6:,.1f} MB of input from {sources}."
     path = out / "report.html"
-    write_atomically(path, page.document(f"Data run {out.resolve().name}", lead, body))
+    write_atomically(path, page.document(f"Data: {out.resolve().name}", lead, body))
     return path
 
 
@@ -158,7 +160,8 @@ def _by_label(found: Findings, which: int) -> str:
         left = sums[-1] / max(1, sums[0])
         rows.append([f"{len(rest)} others", *(f"{count:,}" for count in sums), f"{left:.1%}", _bar(left)])
     head = ["", "read", *(f"after {name}" for name, _, _ in steps[1:]), "left", ""]
-    note = "<p>Documents; as the last stage that has seen them names them.</p>"
+    note = "<p>Documents; as the last stage that has seen them names them."
+    note += " Source code and conversations need have none.</p>" if which == 0 else "</p>"
     return note + page.table(head, rows, numeric=range(1, len(head) - 1))
 
 
@@ -276,8 +279,8 @@ def _contamination(out: Path, counts: Mapping[str, Any]) -> str:
     told = [json.loads(line) for line in _first_lines(out / "contamination.jsonl", _SKIPPED)]
     rows = [
         [
-            f'<span class="cell">{page.text(entry.get("document", ""))}</span>',
-            f'<span class="cell">{page.text(entry.get("sample", ""))}</span>',
+            f'<span class="cell wide">{page.text(entry.get("document", ""))}<br>'
+            f"<small>{page.text(entry.get('sample', ''))}</small></span>",
             f"{entry.get('share', 0):.2f}",
             f'<span class="cell">{page.text(str(entry.get("excerpt", ""))[:300])}</span>',
         ]
@@ -290,17 +293,20 @@ def _contamination(out: Path, counts: Mapping[str, Any]) -> str:
     return (
         lead
         + page.table(["evaluation set", "documents dropped"], sets, numeric=(1,))
-        + page.table(["document", "sample", "share", "in common"], rows, numeric=(2,))
+        + page.table(["document, and the sample that stands in it", "share", "in common"], rows, numeric=(1,))
     )
 
 
 # ---------------------------------------------------------------------------------------------------------- duplicates
+def _indented(label: str) -> str:
+    text = label.lstrip("> ")
+    return f'<span style="padding-left:{1.4 * label.count(">")}rem">{page.text(text)}</span>'
+
+
 def _duplicates(counts: Mapping[str, Any], found: Findings) -> str:
-    said = [
-        [page.text(name.replace("_", " ")), f"{value:,}"]
-        for name, value in counts.items()
-        if isinstance(value, int) and value
-    ]
+    known = [(label, counts[name]) for name, label in DEDUP_COUNTS.items() if counts.get(name)]
+    further = [(name.replace("_", " "), value) for name, value in counts.items() if name not in DEDUP_COUNTS]
+    said = [[_indented(label), f"{value:,}"] for label, value in [*known, *further] if isinstance(value, int) and value]
     sizes = {int(size): count for size, count in counts.get("sizes", {}).items()}
     most = max(sizes.values(), default=1)
     size_rows = [
@@ -346,7 +352,7 @@ def _s_curve(counts: Mapping[str, Any]) -> str:
             f'<polyline points="{points}" fill="none" stroke="currentColor" stroke-width="2"/></svg>'
             "<p>Chance that a pair becomes a candidate (0 to 1), by its Jaccard similarity.</p>"
         )
-    return drawn + f"<pre>{page.text(counts['s_curve'])}</pre>"
+    return drawn + f'<pre class="wrap">{page.text(counts["s_curve"])}</pre>'
 
 
 _PIECES = re.compile(
@@ -481,4 +487,5 @@ def _speed_row(stage: StageFindings, entry: Mapping[str, Any]) -> list[str]:
 
 
 def _file(path: Path) -> str:
-    return f"<pre>{page.text(path.read_text(encoding='utf-8'))}</pre>"
+    shown = page.text(path.read_text(encoding="utf-8"))
+    return f"<details><summary>{page.text(path.name)}</summary><pre>{shown}</pre></details>"

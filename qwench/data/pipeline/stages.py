@@ -38,6 +38,7 @@ from qwench.data.pipeline.progress import StageProgress
 from qwench.data.pipeline.recipe import DataConfig
 from qwench.data.pipeline.tokens import (
     ALONE_BYTES,
+    ALONE_SHARD_BYTES,
     VALIDATION,
     encode_part,
     folder_names,
@@ -242,7 +243,7 @@ def write_shards(
             table = {"runs": runs[group], "low": str(low), "high": str(high), "vocab_size": tokenizer.vocab_size}
             pieces.append((group, {**table, "bytes": size}))
     written = run_stage(
-        room, "shards", write_piece, [item for _, item in pieces], version=TOKENS_VERSION, alone_bytes=ALONE_BYTES
+        room, "shards", write_piece, [item for _, item in pieces], version=TOKENS_VERSION, alone_bytes=ALONE_SHARD_BYTES
     )
 
     made: dict[str, list[tuple[Path, ShardRecord]]] = {group: [] for group in wanted}

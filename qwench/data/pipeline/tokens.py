@@ -18,16 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
-from qwench.data.pipeline.parts import COLUMNS, document_of, read_columns
+from qwench.data.pipeline.parts import COLUMNS, read_columns
 from qwench.data.pipeline.work import Item, job_threads
 from qwench.data.shards import token_dtype, write_shard
 from qwench.tokenizer import Tokenizer
-from qwench.types import Document
 
 RUN_BYTES = 96 << 20
 ALONE_BYTES = 96 << 20
-"""Less text is encoded by one process with threads: each further one needs seconds to make its encoder."""
+"""Less text is encoded by one process with threads: each further one needs a second or two to start and load."""
+ALONE_SHARD_BYTES = 384 << 20
+"""Fewer bytes of tokens are gathered and written by one process, for the same reason."""
 VALIDATION = ""
 """The group of held-out documents, whatever they are about."""
 ENTRY = np.dtype([("key", "<u8"), ("start", "<i8"), ("length", "<i8")])
@@ -58,17 +61,19 @@ def encode_part(item: Item, directory: Path) -> dict[str, Any]:
 
     prefix = f"{item['seed']}\0".encode()
     held_out = int(item["val_fraction"] * (1 << 64))
-    for documents in _batches(item["docs"]):
-        for document, ids in zip(documents, _encode(tokenizer, documents, counts), strict=True):
-            ids = ids.astype(dtype)
-            digest = blake2b(prefix + document.id.encode("utf-8", "replace") + b"\0", digest_size=16)
+    for batch in _batches(item["docs"]):
+        columns = [batch.column(name).to_pylist() for name in ("id", *item["by"])]
+        starts = _starts(batch)
+        encoded = _encode(tokenizer, batch, starts, counts)
+        for name, ids, size, *labels in zip(columns[0], encoded, np.diff(starts).tolist(), *columns[1:], strict=True):
+            ids = ids.astype(dtype, copy=False)
+            digest = blake2b(prefix + name.encode("utf-8", "replace") + b"\0", digest_size=16)
             digest.update(ids.data)
             hashed = digest.digest()
             to_val = int.from_bytes(hashed[8:], "little") < held_out
-            groups.append(VALIDATION if to_val else group_of(document, item["by"]))
+            groups.append(VALIDATION if to_val else group_of(labels))
             keys.append(hashed[:8])
             tokens.append(ids)
-            size = len(document.text.encode("utf-8", "replace"))
             counts["documents"] += 1
             counts["tokens"] += len(ids)
             counts["text_bytes"] += size
@@ -79,9 +84,9 @@ def encode_part(item: Item, directory: Path) -> dict[str, Any]:
     return counts
 
 
-def group_of(document: Document, by: Sequence[str]) -> str:
+def group_of(labels: Sequence[str]) -> str:
     """The mixture's group of a document: "web", or "web-en" for several labels; "other" for what has none."""
-    return "-".join(getattr(document, name) or "other" for name in by)
+    return "-".join(label or "other" for label in labels)
 
 
 _loaded: dict[str, Tokenizer] = {}
@@ -103,31 +108,36 @@ def _tokenizer(path: str, fingerprint: str) -> Tokenizer:
     return _loaded[fingerprint]
 
 
-def _batches(paths: Sequence[str]) -> Iterator[list[Document]]:
+def _batches(paths: Sequence[str]) -> Iterator[pa.RecordBatch]:
     for path in paths:
-        for batch in read_columns(Path(path), COLUMNS):
-            columns = [batch.column(name).to_pylist() for name in COLUMNS]
-            yield [document_of(*row) for row in zip(*columns, strict=True)]
+        yield from read_columns(Path(path), COLUMNS)
 
 
-def _encode(tokenizer: Tokenizer, documents: Sequence[Document], counts: dict[str, Any]) -> Iterator[np.ndarray]:
+def _starts(batch: pa.RecordBatch) -> np.ndarray:
+    """Where each text begins in the bytes of the column, and where the last ends: int64 [n + 1]."""
+    column = batch.column("text")
+    return np.frombuffer(column.buffers()[1], np.int32)[column.offset :][: len(column) + 1].astype(np.int64)
+
+
+def _encode(
+    tokenizer: Tokenizer, batch: pa.RecordBatch, starts: np.ndarray, counts: dict[str, Any]
+) -> list[np.ndarray]:
     """Tokens of each document with their end."""
-    end = [tokenizer.eod_id]
-    texts = [document.text for document in documents if not _is_chat(document)]
-    plain = iter(tokenizer.encode_batch(texts, num_threads=job_threads()))
-    for document in documents:
-        if not _is_chat(document):
-            counts["plain_chats"] += "messages" in document.meta
-            yield np.append(next(plain), end)
+    texts = batch.column("text")
+    data = np.frombuffer(texts.buffers()[2] or b"", np.uint8)
+    encoded = tokenizer.encode_utf8(data, starts, closing=tokenizer.eod_id, num_threads=job_threads())
+    marked = pc.match_substring(batch.column("meta"), '"messages"')  # pyright: ignore[reportAttributeAccessIssue]
+    for place in np.flatnonzero(marked.to_numpy(zero_copy_only=False)).tolist():
+        meta = json.loads(batch.column("meta")[place].as_py())
+        if "messages" not in meta:
             continue
-        meta = document.meta
+        # Messages stand for the text, but not if a stage has cut the text since.
+        if meta.get("text_chars") != len(texts[place].as_py()):
+            counts["plain_chats"] += 1
+            continue
         ids = tokenizer.render(meta["messages"], meta.get("tools"), add_generation_prompt=False)
-        yield np.array(ids + end, np.int64)
-
-
-def _is_chat(document: Document) -> bool:
-    """Whether messages stand for the text: not if a stage has cut the text since."""
-    return "messages" in document.meta and document.meta.get("text_chars") == len(document.text)
+        encoded[place] = np.array([*ids, tokenizer.eod_id], np.uint32)
+    return encoded
 
 
 def _write_run(

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from qwench.data.classifier import ClassifierSettings, train_classifier
+
 LIBRARY = Path(os.__file__).parent
 MODULES = ("abc", "argparse", "ast", "bisect", "calendar", "cmd", "copy", "csv", "dis", "enum", "heapq", "inspect")
 
@@ -21,7 +23,8 @@ def _paragraphs(name: str) -> list[str]:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """pages/*.html, code.jsonl (with repeated records), notes/*.jsonl.gz (one cut off), chats.jsonl."""
+    """pages/*.html, code.jsonl (with repeated records), notes/*.jsonl.gz (one cut off), chats.jsonl, eval/*.jsonl (some
+    code that is on no page), classifier/ (methods against other code)."""
     folder = tmp_path_factory.mktemp("corpus")
     (folder / "pages").mkdir()
     for module in MODULES[:6]:
@@ -49,6 +52,13 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for n in range(30)
     ]
     (folder / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats), encoding="utf-8")
+    (folder / "eval").mkdir()
+    leaked = [{"question": block} for module in MODULES[6:] for block in _paragraphs(module)[1::20]]
+    (folder / "eval" / "leaked.jsonl").write_text("".join(json.dumps(record) + "\n" for record in leaked))
+    blocks = [block for module in MODULES[:4] for block in _paragraphs(module)]
+    labels = ["method" if "self" in block else "other" for block in blocks]
+    model = train_classifier(blocks, labels, ClassifierSettings(bucket_bits=12), ("other", "method"))
+    model.save(folder / "classifier")
     return folder
 
 
@@ -60,7 +70,9 @@ def data_arguments(corpus: Path, tiny_tokenizer_dir: Path) -> Callable[..., list
         return [
             f"out={out}", f"tokenizer={tiny_tokenizer_dir}", "part_mb=0.03", "start_processes_mb=0", "seed=7",
             f'sources.web.paths=["{corpus}/pages"]', f'sources.code.paths=["{corpus}/code.jsonl"]',
-            "sources.code.kind=code", f'sources.notes.paths=["{corpus}/notes"]', "sources.notes.kind=docs",
+            "sources.code.kind=code", f'models.method={{path="{corpus}/classifier", drop_above=0.98}}',
+            f'decontaminate.against=["{corpus}/eval"]',
+            f'sources.notes.paths=["{corpus}/notes"]', "sources.notes.kind=docs",
             f'sources.chats.paths=["{corpus}/chats.jsonl"]', "sources.chats.conversations=chat",
             "mixture.shares.code=0.5", "shards.shard_tokens=20000", "shards.val_fraction=0.05", *further,
         ]  # fmt: skip

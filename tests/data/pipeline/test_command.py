@@ -96,21 +96,26 @@ def test_what_goes_wrong_is_named_and_counted(alone: Path) -> None:
     assert summary["dedup"]["exact_duplicate"] + summary["dedup"]["near_duplicate"] >= 10
     prepare = summary["prepare"]
     assert prepare["documents"] == prepare["kept"] + prepare["dropped"]
-    assert prepare["kept"] == summary["documents"]["documents"] + summary["dedup"]["dropped"]
+    later = sum(summary[stage]["dropped"] for stage in ("dedup", "models", "decontaminate"))
+    assert prepare["kept"] == summary["documents"]["documents"] + later
+    assert summary["models"]["reasons"] == {"model: method_high": summary["models"]["dropped"]}
+    told = [json.loads(line) for line in (alone / "contamination.jsonl").read_text().splitlines()]
+    assert len(told) == summary["decontaminate"]["dropped"] > 3
+    assert {line["sample"].split(":")[0] for line in told} == {"eval/leaked.jsonl"}
 
 
 def test_the_run_directory(alone: Path) -> None:
     stages = [record["stage"] for record in read_metrics(alone)]
-    assert stages == ["prepare", "dedup", "tokens", "mixture"]
+    assert stages == ["prepare", "dedup", "models", "decontaminate", "tokens", "mixture"]
     assert config.load(DataConfig, [alone / "config.toml"]).seed == 7
     assert json.loads((alone / "provenance.json").read_text())["packages"]["tokenizers"]
 
 
 def test_workers_and_kills_change_no_byte(alone: Path, data_arguments: Arguments, tmp_path: Path) -> None:
-    """Killed with SIGKILL twice, with two workers and with one; what was finished is not done again."""
+    """Killed with SIGKILL in several stages, with two workers and with one; what was finished is not done again."""
     out = tmp_path / "run"
     finished: dict[str, int] = {}
-    for stage, number, workers in [("prepare", 3, 2), ("dedup", 2, 1)]:
+    for stage, number, workers in [("prepare", 3, 2), ("dedup", 2, 1), ("models", 2, 1), ("decontaminate", 2, 2)]:
         process = start(data_arguments(out, f"workers={workers}"))
         try:
             _wait(lambda s=stage, n=number: len(list((out / "work" / s).glob("[0-9]*/done.json"))) >= n, process)
