@@ -18,7 +18,6 @@ import argparse
 import importlib.util
 import itertools
 import json
-import os
 import signal
 import statistics
 import subprocess
@@ -39,7 +38,7 @@ from qwench.data.loader import RowLoader
 from qwench.data.packing import PretrainDataset
 from qwench.data.sources import JoinedShards
 from qwench.model.weights import save_pretrained
-from qwench.run import read_metrics
+from qwench.run import read_metrics, usable_cores
 from qwench.tokenizer import Tokenizer
 from qwench.train.config import PretrainConfig
 from qwench.train.schedule import lr_ratio
@@ -211,7 +210,7 @@ def compare(args: argparse.Namespace, recipe: PretrainConfig) -> None:
         "transformers": tokens / statistics.median(theirs[step]["seconds"] for step in steps),
     }
     figures: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else f"cpu, {len(os.sched_getaffinity(0))} cores",
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else f"cpu, {usable_cores()} cores",
         "torch": torch.__version__, "shape": args.shape, "seq_len": args.seq_len, "batch_rows": args.batch_rows,
         "precision": args.precision, "steps": len(steps), "tokens": len(steps) * tokens,
         "minutes": {
@@ -243,11 +242,14 @@ def means(losses: list[float]) -> list[float]:
     return [round(statistics.fmean(part), 5) for part in whole]
 
 
-def noise(curve: list[float]) -> float:
-    """Standard deviation of a mean of the later curve about its neighbours' mean, times sqrt(2/3) for theirs."""
+def noise(curve: list[float]) -> float | None:
+    """Standard deviation of a mean of the later curve about its neighbours' mean, times sqrt(2/3) for theirs.
+
+    None for a curve that is too short.
+    """
     later = curve[len(curve) // 4 :]
     off = [b - (a + c) / 2 for a, b, c in zip(later, later[1:], later[2:], strict=False)]
-    return statistics.pstdev(off) * (2 / 3) ** 0.5 if len(off) > 1 else float("nan")
+    return statistics.pstdev(off) * (2 / 3) ** 0.5 if len(off) > 1 else None
 
 
 def validation_loss(args: argparse.Namespace, recipe: PretrainConfig, model: Path) -> float:

@@ -111,10 +111,11 @@ def whole_run_rows() -> list[str]:
     ):
         run = figures(name)
         speed, apart = run["tokens_per_s"], run["difference"]
+        curves = f"means of {run['mean_of_steps']} steps differ by {apart['largest']:.1g} at most"
+        if apart["noise"]:
+            curves += f", noise {apart['noise']:.1g}"
         lines.append(
-            f"| {label} | {speed['qwench']:,.0f} | {speed['transformers']:,.0f} | {run['ratio']:.2f} "
-            f"| means of {run['mean_of_steps']} steps differ by {apart['largest']:.1g} at most, "
-            f"noise {apart['noise']:.1g} |"
+            f"| {label} | {speed['qwench']:,.0f} | {speed['transformers']:,.0f} | {run['ratio']:.2f} | {curves} |"
         )
     return lines
 

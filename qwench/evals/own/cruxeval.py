@@ -1,160 +1,80 @@
 """CRUXEval: which output a function gives for an input, or which input gives an output; checked by running it.
 
-Prompts and the reading of answers are the benchmark's [CRUXEval, MIT licence], so that scores can stand beside
+Prompts are the benchmark's, as lm-eval brings them, and answers are read by its rules, so that scores can stand beside
 published ones. The assertion runs in the sandbox.
 """
 
 from __future__ import annotations
 
-import re
+import ast
+import importlib
+import json
 from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from qwench.evals import context
 from qwench.evals.code_tests import CodeProblem, score_programs
 
-_OUTPUT = """You are given a Python function and an assertion containing an input to the function. Complete the \
-assertion with a literal (no unsimplified expressions, no function calls) containing the output when executing the \
-provided code on the given input, even if the function is incorrect or incomplete. Do NOT output any extra \
-information. Provide the full assertion with the correct output in [ANSWER] and [/ANSWER] tags, following the examples.
 
-[PYTHON]
-def f(n):
-    return n
-assert f(17) == ??
-[/PYTHON]
-[ANSWER]
-assert f(17) == 17
-[/ANSWER]
+@cache
+def _published(kind: str) -> tuple[str, str]:
+    """(what stands before the question, worked examples included; the question's Jinja template) of lm-eval's files.
 
-[PYTHON]
-def f(s):
-    return s + "a"
-assert f("x9j") == ??
-[/PYTHON]
-[ANSWER]
-assert f("x9j") == "x9ja"
-[/ANSWER]
+    Its task itself runs model-written code unprotected; only its prompts are used.
+    """
+    import lm_eval.tasks
+    import yaml
+    from lm_eval.utils import apply_template
 
-[PYTHON]
-{code}
-assert f({input}) == ??
-[/PYTHON]
-[ANSWER]
-"""
-_OUTPUT_COT = """You are given a Python function and an assertion containing an input to the function. Complete the \
-assertion with a literal (no unsimplified expressions, no function calls) containing the output when executing the \
-provided code on the given input, even if the function is incorrect or incomplete. Do NOT output any extra \
-information. Execute the program step by step before arriving at an answer, and provide the full assertion with the \
-correct output in [ANSWER] and [/ANSWER] tags, following the examples.
+    class Loader(yaml.SafeLoader):
+        """Leaves functions out."""
 
-[PYTHON]
-def f(s):
-    s = s + s
-    return "b" + s + "a"
-assert f("hi") == ??
-[/PYTHON]
-[THOUGHT]
-Let's execute the code step by step:
-
-1. The function f is defined, which takes a single argument s.
-2. The function is called with the argument "hi", so within the function, s is initially "hi".
-3. Inside the function, s is concatenated with itself, so s becomes "hihi".
-4. The function then returns a new string that starts with "b", followed by the value of s (which is now "hihi"), and \
-ends with "a".
-5. The return value of the function is therefore "bhihia".
-[/THOUGHT]
-[ANSWER]
-assert f("hi") == "bhihia"
-[/ANSWER]
-
-[PYTHON]
-{code}
-assert f({input}) == ??
-[/PYTHON]
-[THOUGHT]
-"""
-_INPUT = """You will be given a function f and an output in the form f(??) == output. Find any input such that \
-executing f on the input leads to the given output. There may be multiple answers, but you should only output one. In \
-[ANSWER] and [/ANSWER] tags, complete the assertion with one such input that will produce the output when executing \
-the function.
-
-[PYTHON]
-def f(my_list):
-    count = 0
-    for i in my_list:
-        if len(i) % 2 == 0:
-            count += 1
-    return count
-assert f(??) == 3
-[/PYTHON]
-[ANSWER]
-assert f(["mq", "px", "zy"]) == 3
-[/ANSWER]
-
-[PYTHON]
-def f(s1, s2):
-    return s1 + s2
-assert f(??) == "banana"
-[/PYTHON]
-[ANSWER]
-assert f("ba", "nana") == "banana"
-[/ANSWER]
-
-[PYTHON]
-{code}
-assert f(??) == {output}
-[/PYTHON]
-[ANSWER]
-"""
-_INPUT_COT = """You will be given a function f and an output in the form f(??) == output. Your task is to find any \
-input such that executing f on the input leads to the given output. There may be multiple answers, but only output \
-one. First, think step by step. You MUST surround the answer with [ANSWER] and [/ANSWER] tags. Express your answer as \
-a passing assertion containing the input and the given output.
-
-[PYTHON]
-def f(x):
-    return x + 1
-assert f(??) == 17
-[/PYTHON]
-[THOUGHT]
-To find an input such that executing f on the input leads to the given output, we can work backwards from the given \
-assertion. We know that f(??) == 17.\x20
-
-Since the function f(x) returns x + 1, for f(??) to be equal to 17, the value of ?? should be 16.\x20
-[/THOUGHT]
-[ANSWER]
-assert f(16) == 17
-[/ANSWER]
-
-[PYTHON]
-{code}
-assert f(??) == {output}
-[/PYTHON]
-[THOUGHT]
-"""
+    Loader.add_constructor("!function", lambda loader, node: node.value)
+    folder = Path(lm_eval.tasks.__file__).parent / "cruxeval"
+    setting = yaml.load((folder / f"cruxeval_{kind}.yaml").read_text(encoding="utf-8"), Loader)
+    shots: list[dict[str, Any]] = []
+    if "fewshot_config" in setting:
+        examples = importlib.import_module("lm_eval.tasks.cruxeval.utils")
+        shots = getattr(examples, setting["fewshot_config"]["samples"].rpartition(".")[2])()
+    asked, target = setting["doc_to_text"], setting.get("doc_to_target", "")
+    shots = [{**shot, "is_fewshot": True} | {key: _literal(shot[key]) for key in ("input", "output")} for shot in shots]
+    parts = [apply_template(asked, shot) + apply_template(target, shot) for shot in shots]
+    end = "" if kind.endswith("_cot") else "\n[ANSWER]\n"
+    return "".join(f"{part}\n\n" for part in (setting["description"].rstrip("\n"), *parts)), asked + end
 
 
-def _fill(template: str, doc: Mapping[str, Any]) -> str:
-    # Code holds braces, so this is no str.format.
-    parts = {"{code}": doc["code"], "{input}": doc["input"], "{output}": doc["output"]}
-    return re.sub(r"\{(?:code|input|output)\}", lambda match: parts[match[0]], template)
+def _literal(value: Any) -> str:
+    """As Python writes it: some strings of lm-eval's examples have lost the quotes that the benchmark has."""
+    try:
+        ast.literal_eval(str(value))
+    except (ValueError, SyntaxError):
+        return json.dumps(value)
+    return str(value)
+
+
+def _ask(kind: str, doc: Mapping[str, Any]) -> str:
+    from lm_eval.utils import apply_template
+
+    before, question = _published(kind)
+    return before + apply_template(question, dict(doc))
 
 
 def ask_output(doc: Mapping[str, Any]) -> str:
-    return _fill(_OUTPUT, doc)
+    return _ask("output", doc)
 
 
 def ask_output_cot(doc: Mapping[str, Any]) -> str:
-    return _fill(_OUTPUT_COT, doc)
+    return _ask("output_cot", doc)
 
 
 def ask_input(doc: Mapping[str, Any]) -> str:
-    return _fill(_INPUT, doc)
+    return _ask("input", doc)
 
 
 def ask_input_cot(doc: Mapping[str, Any]) -> str:
-    return _fill(_INPUT_COT, doc)
+    return _ask("input_cot", doc)
 
 
 def read_output(text: str) -> str:

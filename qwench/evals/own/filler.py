@@ -16,8 +16,8 @@ from qwench.evals.local_files import Files
 from qwench.evals.own.lengths import seeded
 
 ESSAYS = ("essays/*.txt", "haystack/*.txt")
-NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
-"""The repeated noise of RULER and of passkey retrieval."""
+NOISE = "The road is long. The night is quiet. The lamp is lit. On we walk. Round and round again."
+"""The repeated noise of the simplest needle task and of passkey retrieval."""
 
 
 def words(text: str, at: str | None = None) -> tuple[str, ...]:

@@ -1,8 +1,9 @@
 """RULER's thirteen tasks, made here: what hides in the text, how it is asked, how it is scored [RULER].
 
-Prompts, numbers of needles, hops and words are the benchmark's. Other than there, the haystack of essays is made by
-`filler` unless a directory with essays is given, the words of the two counting tasks are made up rather than English,
-and questions and paragraphs come from local files in SQuAD's form. Scores are the mean over references of "the answer
+Numbers of needles, hops and words are the benchmark's. Other than there, prompts are in our own words, the haystack of
+essays is made by `filler` unless a directory with essays is given, the words of the two counting tasks are made up
+rather than English, and questions and paragraphs come from local files in SQuAD's form: scores are RULER's in kind, and
+cannot stand beside its published ones. Scores are the mean over references of "the answer
 contains it"; for questions any reference counts.
 """
 
@@ -68,7 +69,7 @@ NIAH = {
 }
 ANSWER_TOKENS = dict.fromkeys(NIAH, 128) | {"vt": 30, "cwe": 120, "fwe": 50, "qa_1": 32, "qa_2": 32}
 """The thirteen, with the tokens that an answer may have."""
-_NEEDLE = "One of the special magic {kind} for {key} is: {value}."
+_NEEDLE = "A secret of the {kind} kept for {key} reads: {value}."
 
 
 def _thing(kind: str, rng: Random) -> str:
@@ -123,19 +124,18 @@ def niah(setting: Niah, rng: Random) -> Puzzle:
         return _ask_niah("\n".join(hay), kind, query, one=one)
 
     verb = "is" if one else "are"
-    prefix = f"The special magic {kind} for {query} mentioned in the provided text {verb}"
+    prefix = f"The secret {kind} that the text gives for {query} {verb}"
     return Puzzle(build=build, answers=answers, prefix=prefix)
 
 
 def _ask_niah(text: str, kind: str, query: str, *, one: bool) -> str:
     hidden, asked = (
-        (f"A special magic {kind} is", f"What is the special magic {kind}")
+        (f"a secret {kind}", f"Which secret {kind} does")
         if one
-        else (f"Some special magic {kind} are", f"What are all the special magic {kind}")
+        else (f"some secret {kind}", f"Which secret {kind}, all of them, does")
     )
-    head = f"{hidden} hidden within the following text. Make sure to memorize it."
-    tail = f"{asked} for {query} mentioned in the provided text?"
-    return f"{head} I will quiz you about the {kind} afterwards.\n{text}\n{tail}"
+    head = f"Somewhere in this text stands {hidden}. Keep it in mind: a question about it comes at the end."
+    return f"{head}\n{text}\n{asked} the text give for {query}?"
 
 
 # -------------------------------------------------------------------------------------------------- variable tracking
@@ -156,16 +156,13 @@ def _chain(rng: Random, hops: int, noise: int) -> tuple[str, str, list[str]]:
 
 def _ask_chain(text: str, value: str) -> str:
     return (
-        "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
-        f"{text}\nQuestion: Find all variables that are assigned the value {value} in the text above."
+        "Variables are set and passed on in this text. Follow which value each of them has.\n\n"
+        f"{text}\nQuestion: Which variables have the value {value} in the end?"
     )
 
 
 def _chain_answer(value: str, hops: int) -> str:
-    return (
-        "Answer: According to the chain(s) of variable assignment in the text above, "
-        f"{hops + 1} variables are assigned the value {value}, they are:"
-    )
+    return f"Answer: Following the text, {hops + 1} variables have the value {value}:"
 
 
 def variable_tracking(rng: Random, hops: int = 4) -> Puzzle:
@@ -192,15 +189,15 @@ def _word_list(rng: Random, common: Sequence[str], often: int, others: Sequence[
 
 def _ask_common(text: str) -> str:
     return (
-        "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that "
-        f"appear most often.\n{text}\nQuestion: What are the 10 most common words in the above list?"
+        "Here is a numbered list in which some words come back more often than the rest. Notice which.\n"
+        f"{text}\nQuestion: Which 10 words stand in the list most often?"
     )
 
 
 def common_words(rng: Random, length: int) -> Puzzle:
     """Ten words stand 30 times each, all others 3 times, after a solved example; below 4096 tokens 6 times and once."""
     often, seldom = (30, 3) if length >= 4096 else (6, 1)
-    prefix = "Answer: The top 10 words that appear most often in the list are:"
+    prefix = "Answer: The 10 words that stand in the list most often are:"
     first, second, inner = rng.getrandbits(32), rng.getrandbits(32), rng.getrandbits(32)
 
     def words(seed: int, count: int) -> list[str]:
@@ -234,12 +231,12 @@ def frequent_words(rng: Random, length: int, alpha: float = 2.0) -> Puzzle:
         words = [word for word, count in zip(vocabulary, counts, strict=True) for _ in range(count)]
         seeded("order", inner).shuffle(words)
         return (
-            "Read the following coded text and track the frequency of each coded word. Find the three most frequently "
-            f"appeared coded words. {' '.join(words)}\nQuestion: Do not provide any explanation. Please ignore the "
-            "dots '....'. What are the three most frequently appeared words in the above coded text?"
+            "This text is in code. Count how often each of its words occurs. "
+            f"{' '.join(words)}\nQuestion: Which three words occur most often? Leave the dots '...' out, and give no "
+            "explanation."
         )
 
-    prefix = "Answer: According to the coded text above, the three most frequently appeared words are:"
+    prefix = "Answer: The three words that occur most often in the text are:"
     return Puzzle(build=build, answers=vocabulary[1:4], prefix=prefix, least=80)
 
 

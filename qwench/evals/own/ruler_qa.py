@@ -101,8 +101,7 @@ def qa_puzzle(doc: Mapping[str, Any]) -> tuple[Callable[[int], str], int]:
         chosen += [filler.joint.join(sentences[8 * number : 8 * number + 8]) for number in range(missing)]
         seeded("order", doc["seed"], doc["place"], len(chosen)).shuffle(chosen)
         documents = "\n\n".join(f"Document {number}:\n{paragraph}" for number, paragraph in enumerate(chosen, 1))
-        ask = "Answer the question based on the given documents. Only give me the answer and do not output any other "
-        ask += "words."
-        return f"{ask}\n\nThe following are given documents.\n\n{documents}\n\n{ask}\n\nQuestion: {text}"
+        ask = "Find the answer to the question in these documents, and write the answer alone."
+        return f"{ask}\n\n{documents}\n\n{ask}\n\nQuestion: {text}"
 
     return build, len(needed)
