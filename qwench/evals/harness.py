@@ -10,6 +10,7 @@ Command-line reading, opening of models and tables are not here: see `command`.
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import logging
 import os
@@ -110,6 +111,7 @@ def evaluate(
         raise ValueError(
             f"evaluation needs the package {error.name}; install it with: pip install 'qwench[eval]'"
         ) from None
+    _compile_templates_once()
     about = about or About()
     catalogue = catalogue or Catalogue(plan.include)
     roots = data_roots(plan.data_dirs)
@@ -159,6 +161,14 @@ def evaluate(
             if report is not None:
                 report(item.label or item.task, found)
     return results
+
+
+def _compile_templates_once() -> None:
+    """lm-eval compiles a task's template anew for each question and each worked example: most of the time of MMLU."""
+    from lm_eval.utils import env
+
+    if not hasattr(env.from_string, "cache_info"):
+        env.from_string = functools.lru_cache(maxsize=1024)(env.from_string)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def quiet() -> None:
