@@ -22,7 +22,7 @@ from qwench.tools.sandbox import Program, Sandbox, SandboxLimits, SandboxResult
 
 CodeStatus = Literal["passed", "failed", "error", "timeout", "memory", "output", "killed"]
 LIMITS = SandboxLimits(cpu_s=10.0, wall_s=120.0, memory_mb=2048, output_bytes=16 << 20)
-EVALPLUS_LIMITS = SandboxLimits(cpu_s=62.0, wall_s=300.0, memory_mb=4096, output_bytes=1 << 20)
+EVALPLUS_LIMITS = SandboxLimits(cpu_s=62.0, wall_s=300.0, memory_mb=4096, output_bytes=1 << 20, file_mb=256)
 _EVALPLUS_PROGRAM = Path(__file__).with_name("evalplus_program.py")
 
 

@@ -7,6 +7,7 @@ is imported before there is something to run.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -140,7 +141,7 @@ def main(argv: Sequence[str], open_engine: OpenEngine) -> int:
         raise ValueError(f"--baseline {args.baseline} is no run: it has no results.json")
     from qwench.evals import presets
     from qwench.evals.harness import Plan, evaluate, quiet
-    from qwench.evals.local_files import data_roots
+    from qwench.evals.local_files import MissingDataError, data_roots
 
     preset = presets.load(args.preset) if args.preset else None
     generation = generation_settings(args.gen)
@@ -171,7 +172,8 @@ def main(argv: Sequence[str], open_engine: OpenEngine) -> int:
 
     roots = data_roots(data_dirs)
     for item in items:
-        catalogue.try_files(item.task, roots)
+        with contextlib.suppress(MissingDataError) if item.optional else contextlib.nullcontext():
+            catalogue.try_files(item.task, roots)
     with open_engine(args) as (engine, about):
         refuse_other_model(out, about.model)
         results = evaluate(engine, plan, out, about, report, catalogue)
@@ -208,11 +210,13 @@ def _catalogue(include: Sequence[Path]) -> Any:
 
 
 def _items(tasks: str, preset: Preset | None, catalogue: Any) -> list[Item]:
+    import dataclasses
+
     from qwench.evals.harness import Item
 
     if not tasks:
         assert preset is not None
-        return [preset.item(label) for label in preset.tasks]
+        return [dataclasses.replace(preset.item(label), optional=True) for label in preset.tasks]
     items: list[Item] = []
     for name in filter(None, (part.strip() for part in tasks.split(","))):
         if preset is not None and name in preset.tasks:
@@ -348,7 +352,7 @@ def notes_of(results: Mapping[str, Any]) -> list[str]:
     lines = [f"note on {shortened(names)}: {note}" for note, names in notes.items()]
     if skipped := results["skipped"]:
         first = next(iter(skipped.values()))
-        lines.append(f"left out {len(skipped)} members of groups ({shortened(list(skipped))}): {first}")
+        lines.append(f"left out {len(skipped)} tasks ({shortened(list(skipped))}): {first}")
     return lines
 
 

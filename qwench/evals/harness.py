@@ -56,6 +56,8 @@ class Item:
     metric: str = ""
     """The one that stands for the task."""
     published: Mapping[str, Any] | None = None
+    optional: bool = False
+    """Left out where its data are missing, as long as another item can run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +124,7 @@ def evaluate(
     if out is not None:
         (out / "samples").mkdir(parents=True, exist_ok=True)
     with Finished(None if out is None else out / "requests.jsonl") as finished, using(context):
-        prepared = [(item, _prepare(catalogue, item, roots)) for item in plan.items]
+        prepared, missing = _prepare_all(catalogue, plan.items, roots)
         _refuse_twice(prepared)
         _try_sandbox(prepared)
         lm = EngineLM(
@@ -146,7 +148,7 @@ def evaluate(
             "seconds": 0.0,
             "limit": plan.limit,
             "seed": plan.seed,
-            "skipped": {name: why for _, loaded in prepared for name, why in loaded.missing.items()},
+            "skipped": missing | {name: why for _, loaded in prepared for name, why in loaded.missing.items()},
             "complete": False,
         }
         for item, loaded in prepared:
@@ -179,6 +181,26 @@ def quiet() -> None:
     if not os.environ.get("QWENCH_DEBUG"):
         for name in ("lm_eval", "datasets", "huggingface_hub"):
             logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _prepare_all(
+    catalogue: Catalogue, items: Sequence[Item], roots: Sequence[Path]
+) -> tuple[list[tuple[Item, Loaded]], dict[str, str]]:
+    """The items that can run, and why optional ones cannot. Raises ValueError where none is left."""
+    from qwench.evals.local_files import MissingDataError
+
+    prepared: list[tuple[Item, Loaded]] = []
+    missing: dict[str, str] = {}
+    for item in items:
+        try:
+            prepared.append((item, _prepare(catalogue, item, roots)))
+        except MissingDataError as error:
+            if not item.optional:
+                raise
+            missing[item.label or item.task] = str(error)
+    if missing and not prepared:
+        raise MissingDataError(f"no task has its data here: {next(iter(missing.values()))}")
+    return prepared, missing
 
 
 def _prepare(catalogue: Catalogue, item: Item, roots: Sequence[Path]) -> Loaded:

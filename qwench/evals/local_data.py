@@ -360,10 +360,17 @@ def multipl_e(files: Files, name: str | None) -> dict[str, Rows]:
     return {"test": [{key: row[key] for key in need} for row in rows]}
 
 
+MBPP_FILES = ("mbpp.jsonl", "mbpp_test*.jsonl", "mbpp/mbpp.jsonl", "mbpp[_-][!p]*.jsonl", "sanitized-mbpp.jsonl")
+SANITIZED_MBPP = "sanitized-mbpp.json"
+"""MBPP's authors publish the part that they checked as one list."""
+
+
 def mbpp(files: Files, name: str | None) -> dict[str, Rows]:
     need = ("task_id", "text", "test_list")
-    patterns = ("mbpp.jsonl", "mbpp_test*.jsonl", "mbpp/mbpp.jsonl", "mbpp*.jsonl", "sanitized-mbpp.jsonl")
-    rows = files.jsonl(*patterns, need=("task_id", "test_list"))
+    if not files.search(*MBPP_FILES) and files.search(SANITIZED_MBPP):
+        rows = files.json(SANITIZED_MBPP, need=("task_id", "test_list"))
+    else:
+        rows = files.jsonl(*MBPP_FILES, need=("task_id", "test_list"))
     rows = [{**row, "text": row.get("text") or row.get("prompt", "")} for row in rows]
     if missing := [row for row in rows if not row["text"]]:
         raise ValueError(
@@ -374,15 +381,43 @@ def mbpp(files: Files, name: str | None) -> dict[str, Rows]:
         files.notes.append(f"{path.name}: tasks of MBPP's training part, not its test part")
     elif len(rows) == 974:  # all of MBPP in one file: 11 to 510 are its test part
         rows = [row for row in rows if 11 <= int(row["task_id"]) <= 510]
-    keep = ("task_id", "text", "code", "test_list", "test_setup_code")
-    return {"test": [{key: row.get(key, "") for key in keep} for row in rows]}
+    keep = ("task_id", "text", "code", "test_list")
+    return {
+        "test": [
+            {
+                **{key: row.get(key, "") for key in keep},
+                "test_setup_code": row.get("test_setup_code") or "\n".join(row.get("test_imports") or ()),
+            }
+            for row in rows
+        ]
+    }
+
+
+def mbpp_of_evalplus(files: Files, name: str | None) -> dict[str, Rows]:
+    """The file of MBPP+. Where its own tests alone count (`name` "default") a file of MBPP does as well."""
+    if name != "default" or files.search(*_evalplus_files("MbppPlus")):
+        return evalplus(files, name, "MbppPlus")
+    if not files.search(*MBPP_FILES, SANITIZED_MBPP):
+        files.find("MbppPlus*.jsonl", *MBPP_FILES)  # says which files it could be
+    rows = mbpp(files, name)["test"]
+    files.notes.append("problems of MBPP in its own words; EvalPlus' MBPP is 378 of them, in MbppPlus.jsonl")
+    return {"test": [{**row, "prompt": row["text"]} for row in rows]}
+
+
+def _evalplus_files(stem: str) -> tuple[str, ...]:
+    # MBPP+ 0.2 has the 378 problems of the published scores, 0.1 has 399
+    own = (f"{stem}.jsonl", f"{stem}-v0.2*.jsonl", f"{stem}-v*.jsonl", f"{stem}*.jsonl", f"evalplus/{stem}*.jsonl")
+    plain = stem.lower().removesuffix("plus")
+    return *own, f"{plain}_plus*.jsonl", f"{plain}plus*.jsonl"
 
 
 def evalplus(files: Files, name: str | None, stem: str = "") -> dict[str, Rows]:
     """EvalPlus' files. Inputs of tests are values of many types, which stay JSON text until programs are built."""
     need = ("task_id", "prompt", "entry_point", "canonical_solution", "base_input", "plus_input", "atol")
-    patterns = (f"{stem}.jsonl", f"{stem}-v*.jsonl", f"{stem}*.jsonl", f"evalplus/{stem}*.jsonl")
-    rows = files.jsonl(*patterns, need=need)
+    rows = files.jsonl(*_evalplus_files(stem), need=need)
+    path = list(files.read)[-1]
+    if any(less in path.name.lower() for less in ("mini", "noextreme")):
+        files.notes.append(f"{path.name}: fewer tests than the full file, which published scores are for")
     texts = ("task_id", "prompt", "entry_point", "canonical_solution", "contract", "test", "assertion")
     made = [
         {
@@ -439,7 +474,7 @@ LAYOUTS: dict[str, Layout] = {
     "nuprl/MultiPL-E": multipl_e,
     "google-research-datasets/mbpp": mbpp,
     "evalplus/humanevalplus": _named(evalplus, "HumanEvalPlus"),
-    "evalplus/mbppplus": _named(evalplus, "MbppPlus"),
+    "evalplus/mbppplus": mbpp_of_evalplus,
     **{f"hails/agieval-{name}": _named(agieval, name) for name in AGIEVAL_SETS},
 }
 

@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import io
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,8 +63,13 @@ class Files:
         return self._load(self.find(*patterns))
 
     def jsonl(self, *patterns: str, need: Sequence[str] = ()) -> list[dict[str, Any]]:
-        """The objects of a JSON Lines file, each with the fields `need`."""
-        path = self.find(*patterns)
+        """The objects of a JSON Lines file, each with the fields `need`. Parts of one (NAME_a, NAME_b, ...) are read
+        together."""
+        first = self.find(*patterns)
+        parts = [path for path in self.search(*patterns) if _whole(path) == _whole(first)]
+        return [row for path in parts for row in self._objects(path, need)]
+
+    def _objects(self, path: Path, need: Sequence[str]) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []
         for number, line in enumerate(self._load(path).split("\n"), 1):
             if not line.strip():
@@ -113,6 +119,11 @@ class Files:
             return data.decode("utf-8-sig")
         except (UnicodeDecodeError, OSError, EOFError) as error:
             raise ValueError(f"{path} cannot be read: {error}; it should be UTF-8 text") from None
+
+
+def _whole(path: Path) -> str:
+    """The name of the file that a part belongs to; a file that is no part is one by itself."""
+    return re.sub(r"_[a-z]\.jsonl", ".jsonl", path.name.removesuffix(".gz"))
 
 
 def _checked(row: Any, need: Sequence[str], where: str) -> dict[str, Any]:

@@ -106,7 +106,7 @@ def test_a_run_prints_scores_beside_published_ones(
     assert first["first_prompt"].count("Question: Which?\nA. 1\n") == 6
     assert "49.6" in shown
     assert "virology" not in shown.split("note on")[0], "members of groups are not in the table"
-    assert "left out 56 members of groups" in shown
+    assert "left out 56 tasks" in shown
     assert "note on mmlu: published for the base model (5-shot)" in shown
     assert f"{100 * gsm8k['metrics']['accuracy']['value'] - 49.6:+.1f}" in shown
     assert run(model, *arguments) == 0
@@ -197,6 +197,24 @@ def test_results_of_another_model_are_not_overwritten(
     (out / "results.json").write_text(json.dumps({"model": {"name": "other", "hash": "x"}}))
     assert run(model, "--tasks", "gsm8k", "--limit", 1, "--data-dir", data, "--out", out, "--num-fewshot", 0) == 2
     assert "has results of other, another model" in capsys.readouterr().err
+
+
+def test_a_preset_leaves_out_what_has_no_data_here(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwench.evals.task_loading.hub_answers", lambda: False)
+    path = tmp_path / "mine.toml"
+    path.write_text('about = "x"\n[tasks.gsm8k]\ntask = "gsm8k_instruct"\n[tasks.plus]\ntask = "humaneval_plus"\n')
+    arguments = ["--preset", path, "--data-dir", data, "--limit", 1, "--out", tmp_path / "run"]
+    assert run(model, *arguments) == 0
+    assert "left out 1 tasks (plus): task humaneval_plus: no file HumanEvalPlus.jsonl" in capsys.readouterr().out
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert (list(results["tasks"]), list(results["skipped"]), results["complete"]) == (["gsm8k"], ["plus"], True)
+    assert run(model, *arguments, "--tasks", "plus") == 2  # one that is asked for by name
+    assert "no file HumanEvalPlus.jsonl" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert run(model, "--preset", path, "--data-dir", tmp_path / "empty", "--out", tmp_path / "none") == 2
+    assert "no task has its data here: task gsm8k_instruct: no file gsm8k_test" in capsys.readouterr().err
 
 
 def test_presets_name_tasks_that_exist_and_figures_of_their_tasks() -> None:

@@ -382,23 +382,52 @@ def test_all_tests_of_evalplus_run(catalogue: Catalogue, engine: Engine, tmp_pat
     (task,) = catalogue.load("mbpp_plus_instruct", [tmp_path]).tasks.values()
     doc = task.eval_docs[0]
     assert 'Can you complete the following Python function?\n```python\n"""\nShared' in str(task.doc_to_text(doc))
-    right = "def similar_elements(a, b):\n    return [x for x in a if x in b]\n```"
+    assert doc["prompt"].strip() in str(task.doc_to_text(doc))
+    (asked_base,) = catalogue.load("mbpp_instruct", [tmp_path]).tasks.values()
+    assert str(asked_base.doc_to_text(asked_base.eval_docs[0])) == str(task.doc_to_text(doc))
+    right = "def similar_elements(a, b):\n    return [x for x in a if x in b]\n"
     lazy = "def similar_elements(a, b):\n    return (2,)\n"
-    instance = asked("generate_until", ("", {}))[0]
-    instance.doc, instance.resps = doc, [right.removesuffix("```"), lazy, "no code"]
-    try:
-        with using(TaskContext(tokenizer=engine.tokenizer, max_len=64)):
-            task._filters[0].apply([instance])
-    except SandboxUnavailable as error:
-        pytest.skip(f"no sandbox here: {error}")
-    (outcomes,) = instance.filtered_resps.values()
-    assert [(outcome["base_passed"], outcome["passed"]) for outcome in outcomes] == [
+    answers = [right, lazy, "no code", right + "\nassert similar_elements([1], [2]) == [1]\n"]
+
+    def passed(task: Any) -> dict[str, list[Any]]:
+        instance = asked("generate_until", ("", {}))[0]
+        instance.doc, instance.resps = doc, answers
+        try:
+            with using(TaskContext(tokenizer=engine.tokenizer, max_len=64)):
+                for filters in task._filters:
+                    filters.apply([instance])
+        except SandboxUnavailable as error:
+            pytest.skip(f"no sandbox here: {error}")
+        return instance.filtered_resps
+
+    both = passed(task)
+    assert [(one["base_passed"], one["passed"]) for one in both["sanitized"]] == [
         (True, True),
         (True, False),
         (False, False),
+        (True, True),  # an assertion of the model's own is no part of its solution
     ]
-    scores = task.process_results(doc, [outcomes])
-    assert scores == {"pass@1": pytest.approx(1 / 3), "base_pass@1": pytest.approx(2 / 3)}
+    assert [one["passed"] for one in both["as-written"]] == [True, False, False, False]
+    scores = task.process_results(doc, [both["sanitized"]])
+    assert scores == {"pass@1": pytest.approx(1 / 2), "base_pass@1": pytest.approx(3 / 4)}
+    base = passed(asked_base)
+    assert [one["passed"] for one in base["sanitized"]] == [True, True, False, True]
+    assert asked_base.process_results(doc, [base["as-written"]]) == {"pass@1": pytest.approx(1 / 2)}
+
+
+def test_tests_that_need_numpy_are_refused_before_anything_runs(catalogue: Catalogue, tmp_path: Path) -> None:
+    """The hub's copies of EvalPlus' sets: the sandbox has no packages, every answer would fail."""
+    row = {
+        "task_id": "HumanEval/0", "prompt": "def f():\n", "entry_point": "f", "canonical_solution": "    return 1\n",
+        "base_input": [[]], "plus_input": [], "atol": 0,
+    }  # fmt: skip
+    write(tmp_path / "HumanEvalPlus.jsonl", [row])
+    for name in ("humaneval_plus", "humaneval_plus_instruct"):
+        (task,) = catalogue.load(name, [tmp_path]).tasks.values()
+        assert "def f():\n" in str(task.doc_to_text(task.eval_docs[0]))
+        hub = {"task_id": "HumanEval/0", "prompt": "def f():\n", "entry_point": "f", "test": "import numpy as np\n"}
+        with pytest.raises(ValueError, match="need numpy, which the sandbox does not have; give EvalPlus' own file"):
+            task.doc_to_text(hub)
 
 
 def test_what_is_missing_is_told_before_anything_runs(

@@ -23,6 +23,7 @@ from qwench.evals.code_tests import (
     solution,
 )
 from qwench.evals.context import current
+from qwench.evals.needed_code import needed_code
 
 Answers = list[list[str]]
 Docs = list[dict[str, Any]]
@@ -39,14 +40,14 @@ def _run(
     completions = [[answer.replace("\t", "    ") for answer in answers] for answers in resps]
     results = score_programs(problems, completions, workers=current().workers)
     return [
-        [_outcome(solution(one, text), result) for text, result in zip(texts, line, strict=True)]
+        [_outcome(one, text, result) for text, result in zip(texts, line, strict=True)]
         for one, texts, line in zip(problems, completions, results, strict=True)
     ]
 
 
-def _outcome(program: str, result: CodeResult) -> dict[str, Any]:
-    base = {} if result.base_passed is None else {"base_passed": result.base_passed}
-    told = {"status": result.status, "detail": result.detail, "program": program}
+def _outcome(problem: CodeProblem, answer: str, result: CodeResult) -> dict[str, Any]:
+    base = {"base_passed": result.base_passed} if "plus" in problem.evalplus.get("inputs", ()) else {}
+    told = {"status": result.status, "detail": result.detail, "program": solution(problem, answer)}
     return {"passed": result.passed, **base, **told}
 
 
@@ -74,8 +75,27 @@ def humaneval_alone(resps: Answers, docs: Docs) -> Outcomes:
     return _run(resps, docs, humaneval_problem, alone=True)
 
 
+def humaneval_sanitized(resps: Answers, docs: Docs) -> Outcomes:
+    return _run(_sanitized(resps, docs, humaneval_problem), docs, humaneval_problem, alone=True)
+
+
 def mbpp(resps: Answers, docs: Docs) -> Outcomes:
-    return _run(resps, docs, mbpp_problem)
+    return _run(resps, docs, _mbpp, alone=True)
+
+
+def mbpp_sanitized(resps: Answers, docs: Docs) -> Outcomes:
+    return _run(_sanitized(resps, docs, _mbpp), docs, _mbpp, alone=True)
+
+
+def _mbpp(doc: dict[str, Any]) -> CodeProblem:
+    if "base_input" in doc:  # EvalPlus' own file
+        return evalplus_problem({**doc, "base_input": json.loads(doc["base_input"])}, base_only=True)
+    return mbpp_problem(doc)
+
+
+def _sanitized(resps: Answers, docs: Docs, problem: Callable[[dict[str, Any]], CodeProblem]) -> Answers:
+    names = [problem(doc).entry_point for doc in docs]
+    return [[needed_code(answer, name) for answer in answers] for answers, name in zip(resps, names, strict=True)]
 
 
 def mbpp_examples() -> list[dict[str, Any]]:
@@ -100,7 +120,17 @@ def multipl_e_alone(resps: Answers, docs: Docs) -> Outcomes:
 
 
 def evalplus_question(doc: dict[str, Any]) -> str:
-    """The prompt as EvalPlus asks it; the hub's copy of MBPP+ has its text and tests apart."""
+    """The prompt as EvalPlus asks it. Raises ValueError for the hub's form of the tests, which needs numpy."""
+    if "base_input" not in doc and "import numpy" in doc.get("test", ""):
+        raise ValueError(
+            f"{doc['task_id']}: the tests of the hub's copy need numpy, which the sandbox does not have; give "
+            "EvalPlus' own file (HumanEvalPlus.jsonl or MbppPlus.jsonl, from its releases on GitHub) by --data-dir"
+        )
+    return _question(doc)
+
+
+def _question(doc: dict[str, Any]) -> str:
+    """A prompt with a line's end; MBPP's own files and the hub's copy of MBPP+ have text and tests apart."""
     prompt = str(doc["prompt"]).strip()
     if doc.get("test_list") and '"""' not in prompt:
         prompt = f'"""\n{prompt}\n{doc["test_list"][0]}\n"""'
@@ -108,11 +138,19 @@ def evalplus_question(doc: dict[str, Any]) -> str:
 
 
 def evalplus_chat_question(doc: dict[str, Any]) -> str:
-    return f"Can you complete the following Python function?\n```python\n{evalplus_question(doc).rstrip()}\n```\n"
+    return _chat_question(evalplus_question(doc))
+
+
+def mbpp_chat_question(doc: dict[str, Any]) -> str:
+    return _chat_question(_question(doc))
+
+
+def _chat_question(question: str) -> str:
+    return f"Can you complete the following Python function?\n```python\n{question.rstrip()}\n```\n"
 
 
 def _evalplus(doc: dict[str, Any]) -> CodeProblem:
-    doc = {**doc, "prompt": evalplus_question(doc)}
+    doc = {**doc, "prompt": _question(doc)}
     if "base_input" in doc:  # EvalPlus' own files
         inputs = {name: json.loads(doc[name]) for name in ("base_input", "plus_input")}
         return evalplus_problem({**doc, **inputs})
@@ -127,3 +165,7 @@ def evalplus(resps: Answers, docs: Docs) -> Outcomes:
 
 def evalplus_alone(resps: Answers, docs: Docs) -> Outcomes:
     return _run(resps, docs, _evalplus, alone=True)
+
+
+def evalplus_sanitized(resps: Answers, docs: Docs) -> Outcomes:
+    return _run(_sanitized(resps, docs, _evalplus), docs, _evalplus, alone=True)

@@ -1,0 +1,94 @@
+"""What of a model's Python text a function needs: imports, and the definitions that it uses, directly or not.
+
+EvalPlus cleans answers in this way (`evalplus.sanitize`) before they are scored: text around the code, calls and
+assertions that the model added are no part of its solution. Nothing is run here.
+"""
+
+from __future__ import annotations
+
+import ast
+import warnings
+
+MOST_TRIES = 4000
+"""Runs of lines that are parsed in search of the longest that is Python; a text of 90 lines has as many."""
+
+
+def needed_code(text: str, entry_point: str) -> str:
+    """The longest run of lines that is Python, without what `entry_point` does not need.
+
+    All of that run where it does not define `entry_point`, or nothing would be left of it; of several definitions of
+    a name the first counts, and functions that return nothing count as none.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of escapes that a model wrote in its strings
+        return _needed(_longest_python(text.replace("\r\n", "\n").replace("\r", "\n")), entry_point)
+
+
+def _needed(code: str, entry_point: str) -> str:
+    try:
+        body = ast.parse(code).body
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return code
+    imports = [node for node in body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    defined: dict[str, ast.stmt] = {}
+    for node in body:
+        if name := _defined_name(node):
+            defined.setdefault(name, node)
+    if entry_point not in defined and entry_point not in {getattr(node, "name", "") for node in body}:
+        return code
+    reached, todo = {entry_point}, [entry_point]
+    while todo:
+        node = defined.get(todo.pop())
+        names = _names(node) - reached if node is not None else set()
+        reached |= names
+        todo += names
+    kept = [node for name, node in defined.items() if name in reached]
+    lines = code.split("\n")
+    return "\n".join(_text(lines, node) for node in [*imports, *kept]) or code
+
+
+def _longest_python(text: str) -> str:
+    """The run of at least two lines with the most that are not blank; the first line where there is none."""
+    if _is_python(text):
+        return text
+    lines = text.split("\n")
+    filled = [0]
+    for line in lines:
+        filled.append(filled[-1] + bool(line.strip()))
+    runs = [(start, end) for start in range(len(lines)) for end in range(start + 2, len(lines) + 1)]
+    runs.sort(key=lambda run: filled[run[0]] - filled[run[1]])  # sorted keeps the first of equals first
+    for start, end in runs[:MOST_TRIES]:
+        if _is_python(found := "\n".join(lines[start:end])):
+            return found
+    return lines[0]
+
+
+def _is_python(text: str) -> bool:
+    try:
+        ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True
+
+
+def _defined_name(node: ast.stmt) -> str:
+    if isinstance(node, ast.ClassDef):
+        return node.name
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+        return node.name if any(isinstance(inner, ast.Return) for inner in ast.walk(node)) else ""
+    target = (
+        node.targets[0] if isinstance(node, ast.Assign) else node.target if isinstance(node, ast.AnnAssign) else None
+    )
+    return target.id if isinstance(target, ast.Name) else ""
+
+
+def _names(node: ast.stmt) -> set[str]:
+    return {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)} | {
+        inner.attr for inner in ast.walk(node) if isinstance(inner, ast.Attribute)
+    }
+
+
+def _text(lines: list[str], node: ast.stmt) -> str:
+    decorators = node.decorator_list if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) else []
+    first = min([node.lineno, *(decorator.lineno for decorator in decorators)])
+    return "\n".join(lines[first - 1 : node.end_lineno])
