@@ -32,6 +32,26 @@ class Answering(Protocol):
         ...
 
 
+class Scoring(Protocol):
+    """What is asked of an engine: `engine.Engine` is one."""
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+
+    @property
+    def max_len(self) -> int: ...
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams],
+        progress: Callable[[int], None] | None = None,
+        on_answer: Callable[[int, Completion], None] | None = None,
+    ) -> list[Completion]:
+        """Continue all prompts; `on_answer` hears of each answer when it is complete, on the calling thread."""
+        ...
+
+
 def ask(
     engine: Answering,
     tokenizer: Tokenizer,

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qwench.evals.ask import Scoring
     from qwench.evals.harness import About, Item
-    from qwench.evals.lm import Scoring
     from qwench.evals.presets import Preset
 
 DATA_VARIABLE = "QWENCH_EVAL_DATA"

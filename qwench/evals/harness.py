@@ -29,7 +29,8 @@ from qwench.evals.finished import Finished, digest
 from qwench.run import git_commit, machine, write_atomically
 
 if TYPE_CHECKING:
-    from qwench.evals.lm import EngineLM, Scoring
+    from qwench.evals.ask import Scoring
+    from qwench.evals.lm import EngineLM
     from qwench.evals.task_loading import Catalogue, Loaded
 
 log = logging.getLogger("qwench.evals")

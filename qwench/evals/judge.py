@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from qwench.evals.ask import Scoring
 from qwench.evals.finished import Finished, digest
 from qwench.evals.judge_data import Answers, Question
 from qwench.evals.ratings import Game
@@ -44,28 +45,10 @@ class ChatModel(Protocol):
         ...
 
 
-class Batched(Protocol):
-    """What is asked of an engine."""
-
-    @property
-    def tokenizer(self) -> Tokenizer: ...
-
-    @property
-    def max_len(self) -> int: ...
-
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        params: SamplingParams,
-        progress: Callable[[int], None] | None = None,
-        on_answer: Callable[[int, Completion], None] | None = None,
-    ) -> list[Completion]: ...
-
-
 class LocalChat:
     """An engine as judge; prompts are computed together."""
 
-    def __init__(self, engine: Batched) -> None:
+    def __init__(self, engine: Scoring) -> None:
         self.engine = engine
 
     def answer(

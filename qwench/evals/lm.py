@@ -12,17 +12,17 @@ import zlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from qwench.evals.ask import Scoring
 from qwench.evals.chat_prompt import ChatPrompt, render_prompt
 from qwench.evals.finished import Finished, digest
 from qwench.run import progress
-from qwench.tokenizer import Tokenizer
 from qwench.types import Completion, Grammar, SamplingParams
 
 DEFAULT_MAX_TOKENS = 256
@@ -36,26 +36,6 @@ GEN_KEYS = frozenset(
      "presence_penalty", "frequency_penalty", "seed", "stop_token_ids", "min_tokens", "ignore_eos", "grammar")
 )  # fmt: skip
 """Generation settings that are understood."""
-
-
-class Scoring(Protocol):
-    """What is asked of an engine: `engine.Engine` is one."""
-
-    @property
-    def tokenizer(self) -> Tokenizer: ...
-
-    @property
-    def max_len(self) -> int: ...
-
-    def generate(
-        self,
-        prompts: Sequence[Sequence[int]],
-        params: SamplingParams | Sequence[SamplingParams],
-        progress: Callable[[int], None] | None = None,
-        on_answer: Callable[[int, Completion], None] | None = None,
-    ) -> list[Completion]:
-        """Continue all prompts; `on_answer` hears of each answer when it is complete, on the calling thread."""
-        ...
 
 
 @dataclass(slots=True)

@@ -24,7 +24,7 @@ from qwench.tokenizer import Tokenizer
 from qwench.types import Completion, SamplingParams
 
 if TYPE_CHECKING:
-    from qwench.evals.lm import Scoring
+    from qwench.evals.ask import Scoring
 
 log = logging.getLogger("qwench.evals")
 
