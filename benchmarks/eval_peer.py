@@ -5,7 +5,8 @@
 
 Both get the same task objects: documents, prompts, stop strings, extraction, tests in the sandbox. The peer loads
 the checkpoint that `qwench convert` writes of the same file, in the same dtype, and batches by sorted
-lengths. A task's time is from building its requests to its score; loading and the warm-up of kernels are in "whole_s".
+lengths. A task's time is from building its requests to its score. Results are kept in the room, so that the command
+may be given several times, with other tasks, limits or lengths of answers.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import contextlib
 import dataclasses
 import json
 import math
+import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from qwench.evals.harness import Item, Plan, _prepare, _run, quiet
 from qwench.evals.local_files import data_roots
 from qwench.evals.task_loading import Catalogue
 from qwench.tokenizer import Tokenizer
+
+SETTINGS = ("n", "limit", "max_gen_toks")
 
 
 def main() -> None:
@@ -64,11 +67,11 @@ def run_qwench(args: argparse.Namespace) -> None:
     line += [part for folder in args.data_dir for part in ("--data-dir", str(folder))]
     line += ["--limit", str(args.limit)] if args.limit else []
     line += ["--gen", f"max_gen_toks={args.max_gen_toks}"] if args.max_gen_toks else []
-    started = time.perf_counter()
     subprocess.run(line, check=True)
     results = json.loads((out / "results.json").read_text())
-    found = {name: _short(results["tasks"][name]) for name in args.tasks.split(",")}
-    _write(args.room / "qwench.json", {"tasks": found, "whole_s": round(time.perf_counter() - started, 2)})
+    found = {name: _short(results["tasks"][name], args) for name in args.tasks.split(",")}
+    _write(args.room / "qwench.json", {"tasks": finished(args.room / "qwench.json") | found})
+    shutil.rmtree(out)
 
 
 def run_peer(args: argparse.Namespace) -> None:
@@ -77,12 +80,10 @@ def run_peer(args: argparse.Namespace) -> None:
     import transformers
     from lm_eval.models.huggingface import HFLM
 
-    started = time.perf_counter()
     checkpoint = args.room / "checkpoint"
     if not checkpoint.exists():
         line = [sys.executable, "-m", "qwench.cli", "convert", str(args.model), str(checkpoint), "--dtype", args.dtype]
         subprocess.run(line, check=True)
-    loading = time.perf_counter()
     peer: Any = HFLM(str(checkpoint), device=args.device, dtype=args.dtype, batch_size=args.batch)
     peer.usage, peer.generation = _Nothing(), {}
     plan = Plan(items=items(args), limit=args.limit, data_dirs=tuple(args.data_dir))
@@ -90,10 +91,14 @@ def run_peer(args: argparse.Namespace) -> None:
         tokenizer=Tokenizer.load(checkpoint), max_len=peer.max_length, data_dirs=data_roots(plan.data_dirs),
         seed=plan.seed, workers=0,
     )  # fmt: skip
-    found: dict[str, Any] = {}
+    found = finished(args.room / "peer.json")
+    versions = {"transformers": transformers.__version__, "lm_eval": lm_eval.__version__, "batch": args.batch}
+    versions["score_batch"] = args.score_batch
     with using(context), contextlib.redirect_stdout(sys.stderr):
         catalogue = Catalogue(())
         for item in plan.items:
+            if item.label in found:
+                continue
             loaded = _prepare(catalogue, item, context.data_dirs)
             for task in loaded.tasks.values():
                 if task.config.generation_kwargs is not None and args.max_gen_toks:
@@ -101,12 +106,13 @@ def run_peer(args: argparse.Namespace) -> None:
             scores = any(task.OUTPUT_TYPE != "generate_until" for task in loaded.tasks.values())
             peer.batch_size_per_gpu = args.score_batch if scores else args.batch
             entries, _ = _run(peer, item, loaded, plan)
-            found[item.label] = _short(entries[item.label])
+            found[item.label] = _short(entries[item.label], args)
             print(item.label, found[item.label], flush=True)
-    versions = {"transformers": transformers.__version__, "lm_eval": lm_eval.__version__, "batch": args.batch}
-    versions["score_batch"] = args.score_batch
-    whole, load = round(time.perf_counter() - started, 2), round(loading - started, 2)
-    _write(args.room / "peer.json", {"tasks": found, "whole_s": whole, "convert_s": load, **versions})
+            _write(args.room / "peer.json", {"tasks": found, **versions})
+
+
+def finished(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())["tasks"] if path.is_file() else {}
 
 
 def items(args: argparse.Namespace) -> list[Item]:
@@ -123,22 +129,25 @@ class _Nothing(dict[str, Any]):
         return Usage()
 
 
-def _short(entry: dict[str, Any]) -> dict[str, Any]:
+def _short(entry: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     metric = entry["metrics"][entry["primary"]]
-    return {"metric": entry["primary"], "seconds": entry["seconds"], **{k: metric[k] for k in ("value", "stderr", "n")}}
+    setting = {"limit": args.limit, "max_gen_toks": args.max_gen_toks}
+    score = {k: metric[k] for k in ("value", "stderr", "n")}
+    return {"metric": entry["primary"], "seconds": entry["seconds"], **score, **setting}
 
 
 def join(args: argparse.Namespace) -> None:
     ours, theirs = (json.loads((args.room / f"{name}.json").read_text()) for name in ("qwench", "peer"))
     tasks: dict[str, Any] = {}
     for name, mine in ours["tasks"].items():
-        if name not in theirs["tasks"]:
+        other = theirs["tasks"].get(name)
+        if other is None or any(mine[key] != other[key] for key in SETTINGS):
             continue
-        other = theirs["tasks"][name]
         noise = math.hypot(mine["stderr"] or 0.0, other["stderr"] or 0.0)
         apart = mine["value"] - other["value"]
         tasks[name] = {
-            "metric": mine["metric"], "n": mine["n"], "qwench": mine["value"], "transformers": other["value"],
+            "metric": mine["metric"], **{key: mine[key] for key in SETTINGS},
+            "qwench": mine["value"], "transformers": other["value"],
             "difference": apart, "standard_error_of_difference_if_independent": noise,
             "seconds": {"qwench": mine["seconds"], "transformers": other["seconds"]},
             "times_as_fast": other["seconds"] / mine["seconds"],
@@ -149,10 +158,10 @@ def join(args: argparse.Namespace) -> None:
         )
     on_gpu = args.device.startswith("cuda")
     figures = {
-        "model": args.model.name, "dtype": args.dtype, "preset": args.preset, "limit": args.limit,
-        "max_gen_toks": args.max_gen_toks, "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+        "model": args.model.name, "dtype": args.dtype, "preset": args.preset,
+        "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "torch": torch.__version__, "peer": {k: v for k, v in theirs.items() if k != "tasks"},
-        "qwench_whole_s": ours["whole_s"], "tasks": tasks,
+        "tasks": tasks,
     }  # fmt: skip
     write_result("eval_peer", figures)
 

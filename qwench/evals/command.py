@@ -374,7 +374,8 @@ def print_table(results: Mapping[str, Any], *, compare: bool = False, subtasks: 
         table.add_column("published", justify="right")
         table.add_column("difference", justify="right")
         table.add_column("published for")
-    members = {member for entry in results["tasks"].values() for member in entry["subtasks"]}
+    groups = [entry for entry in results["tasks"].values() if entry["metrics"]]  # some have none of their own
+    members = {member for entry in groups for member in entry["subtasks"]}
     for name, entry in results["tasks"].items():
         if name in members and not subtasks:
             continue

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import itertools
 import json
 import logging
 import os
@@ -214,6 +215,12 @@ def _prepare(catalogue: Catalogue, item: Item, roots: Sequence[Path]) -> Loaded:
             task.set_config("num_fewshot", item.num_fewshot)
         elif task.config.num_fewshot is None:
             task.set_config("num_fewshot", 0)
+        shots: int = task.config.num_fewshot or 0
+        if (there := sum(1 for _ in itertools.islice(task.fewshot_docs(), shots))) < shots:
+            name = task.config.task
+            raise ValueError(
+                f"task {name}: {shots} worked examples are asked for, there are {there}; use --num-fewshot"
+            )
     return loaded
 
 

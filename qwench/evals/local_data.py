@@ -68,23 +68,33 @@ def _mmlu_rows(table: list[list[str]], subject: str, path: Any) -> Rows:
 
 
 def cmmlu(files: Files, name: str | None) -> dict[str, Rows]:
-    splits: dict[str, Rows] = {}
-    for split in ("test", "dev"):
-        table = files.csv(f"cmmlu/{split}/{name}.csv", f"{split}/{name}.csv")
-        path, head = list(files.read)[-1], table[0]
-        columns = {
-            column: head.index(column) for column in ("Question", "A", "B", "C", "D", "Answer") if column in head
-        }
-        if len(columns) < 6:
-            raise ValueError(f"{path} has the columns {', '.join(head)}; it needs Question, A, B, C, D, Answer")
-        rows = [{column: cells[at] for column, at in columns.items()} for cells in table[1:]]
-        for number, row in enumerate(rows, 2):
-            if row["Answer"] not in ("A", "B", "C", "D"):
-                raise ValueError(f"{path} row {number}: the answer is {row['Answer']!r}; it should be A, B, C or D")
-        splits[split] = rows
-        if not rows:
-            raise ValueError(f"{path} holds no questions")
-    return splits
+    columns = ("Question", "A", "B", "C", "D", "Answer")
+    splits = ("test", "dev")
+    return {split: _lettered(files, (f"cmmlu/{split}/{name}.csv", f"{split}/{name}.csv"), columns) for split in splits}
+
+
+def ceval(files: Files, name: str | None) -> dict[str, Rows]:
+    columns = ("question", "A", "B", "C", "D", "answer")
+    splits = ("val", "dev")
+    return {
+        split: _lettered(files, (f"ceval/{split}/{name}_{split}.csv", f"{split}/{name}_{split}.csv"), columns)
+        for split in splits
+    }
+
+
+def _lettered(files: Files, names: Sequence[str], columns: Sequence[str]) -> Rows:
+    """Questions with the choices A to D in columns of their own; the last column has the right letter."""
+    table = files.csv(*names)
+    path, head = list(files.read)[-1], table[0]
+    if not set(columns) <= set(head):
+        raise ValueError(f"{path} has the columns {', '.join(head)}; it needs {', '.join(columns)}")
+    rows = [{column: cells[head.index(column)] for column in columns} for cells in table[1:]]
+    for number, row in enumerate(rows, 2):
+        if row[columns[-1]] not in ("A", "B", "C", "D"):
+            raise ValueError(f"{path} row {number}: the answer is {row[columns[-1]]!r}; it should be A, B, C or D")
+    if not rows:
+        raise ValueError(f"{path} holds no questions")
+    return rows
 
 
 def mmlu_pro(files: Files, name: str | None) -> dict[str, Rows]:
@@ -453,6 +463,7 @@ LAYOUTS: dict[str, Layout] = {
     "cais/mmlu": mmlu,
     "haonan-li/cmmlu": cmmlu,
     "lmlmcat/cmmlu": cmmlu,
+    "ceval/ceval-exam": ceval,
     "TIGER-Lab/MMLU-Pro": mmlu_pro,
     "SaylorTwift/bbh": bbh,
     "lukaemon/bbh": bbh,

@@ -7,6 +7,8 @@ assertions that the model added are no part of its solution. Nothing is run here
 from __future__ import annotations
 
 import ast
+import re
+import textwrap
 import warnings
 
 MOST_TRIES = 4000
@@ -22,6 +24,20 @@ def needed_code(text: str, entry_point: str) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of escapes that a model wrote in its strings
         return _needed(_longest_python(text.replace("\r\n", "\n").replace("\r", "\n")), entry_point)
+
+
+def function_body(text: str, name: str) -> str:
+    """What stands below the head of a function: of `name` in a fenced block, of `name` anywhere, of the first there is;
+    a text without any is taken for a body and indented. [Qwen's evaluation scripts]"""
+    indented = r"(.*?)(?=\n(?!\n*(?:  |\t))|$)"
+    for pattern in (
+        rf"```.*?def\s+{re.escape(name)}.*?:\n(.*?)\n```",
+        rf"def\s+{re.escape(name)}.*?:\n{indented}",
+        rf"def.*?:\n{indented}",
+    ):
+        if found := re.search(pattern, text, re.DOTALL):
+            return found[1]
+    return textwrap.indent(text, " " * 4)
 
 
 def _needed(code: str, entry_point: str) -> str:

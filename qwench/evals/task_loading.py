@@ -16,7 +16,7 @@ import logging
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ import datasets.config
 import lm_eval.tasks
 from lm_eval.api.group import Group
 from lm_eval.api.task import ConfigurableTask, Task
+from lm_eval.config.group import AggMetricConfig
 from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._index import Entry, Kind, TaskIndex
@@ -131,7 +132,13 @@ class LocalTaskFactory(TaskFactory):
         if source.hub and path:
             self._refuse_without_hub(entry.name, str(path))
         self.sources[entry.name] = source
-        return super()._build_task(entry, changes)
+        try:
+            return super()._build_task(entry, changes)
+        except IndexError:  # lm-eval looks at the first question
+            if not source.files:
+                raise
+            names = ", ".join(Path(file).name for file in source.files)
+            raise MissingDataError(f"task {entry.name}: {names} has no questions of it") from None
 
     def _local(self, task: str, path: str, name: str | None, shots: int) -> tuple[datasets.DatasetDict | None, Files]:
         """The data set from local files; None where the hub has it and the files are not here."""
@@ -343,6 +350,7 @@ class Catalogue:
         for task_name, task in tasks.items():
             if isinstance(task, ConfigurableTask) and not len(task.eval_docs):
                 raise ValueError(f"task {task_name} has no questions; check its data file")
+        _average_what_is_there(found.get("groups", {}).values(), overrides or {})
         return Loaded(
             tasks=tasks,
             groups=found.get("groups", {}),
@@ -350,3 +358,13 @@ class Catalogue:
             sources=factory.sources,
             missing=factory.missing,
         )
+
+
+def _average_what_is_there(groups: Iterable[Group], overrides: Mapping[str, Any]) -> None:
+    """Let groups average the metrics and readings that overrides gave their members, not those that were replaced."""
+    for group in groups:
+        if "metric_list" in overrides and group.aggregate_metric_list:
+            group.aggregate_metric_list = [AggMetricConfig(one["metric"]) for one in overrides["metric_list"]]
+        elif "filter_list" in overrides:
+            for metric in group.aggregate_metric_list or ():
+                metric.filter_list = None  # those that the members have

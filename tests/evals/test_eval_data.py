@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from qwench.evals.choice_answers import CHINESE, ENGLISH, MMLU_PRO, bbh_answers, letter, letter_of_choices
+from qwench.evals.choice_answers import ENGLISH, MMLU_PRO, bbh_answers, chinese_letters, letter, letter_of_choices
 from qwench.evals.local_data import LAYOUTS, splits_of
 from qwench.evals.local_files import Files, MissingDataError, data_roots
 from qwench.evals.math_answers import boxed, equal, extract, normalise
@@ -58,6 +58,11 @@ def test_cmmlu(tmp_path: Path) -> None:
         )
     splits, _ = load(tmp_path, "haonan-li/cmmlu", "arts")
     assert splits["dev"] == [{"Question": "问？", "A": "一", "B": "二", "C": "三", "D": "四", "Answer": "D"}]
+    for split in ("val", "dev"):
+        (tmp_path / "ceval" / split).mkdir(parents=True)
+        (tmp_path / f"ceval/{split}/law_{split}.csv").write_text("id,question,A,B,C,D,answer\n0,问？,一,二,三,四,D\n")
+    splits, _ = load(tmp_path, "ceval/ceval-exam", "law")
+    assert splits["val"] == [{"question": "问？", "A": "一", "B": "二", "C": "三", "D": "四", "answer": "D"}]
     (tmp_path / "cmmlu/test/arts.csv").write_text("Question,A,B\nx,1,2\n")
     with pytest.raises(ValueError, match="it needs Question, A, B, C, D, Answer"):
         load(tmp_path, "haonan-li/cmmlu", "arts")
@@ -287,16 +292,50 @@ def test_boxes_match_their_braces() -> None:
     assert boxed("no box") is None
 
 
-def test_letters_are_found_in_the_order_of_attempts() -> None:
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("Let us see what option A says. Therefore, the correct answer is \\boxed{D}.", "D"),
+        ("The most suitable answer is:\n\nB. It grows.", "B"),
+        ("The correct answer is: B. Because A is wrong.", "B"),
+        ("The answer isn't A. I choose C.", "C"),
+        ("A is not correct; D is correct", "D"),
+        ("C. the third one", "C"),
+        ("Either is fine: B", "B"),
+        ("it must be the RED one.", "B"),
+        ("something rad", "B"),  # nothing says a letter: the choice that is most like it
+        ("", ""),
+    ],
+)
+def test_letters_of_english_answers(text: str, found: str) -> None:
+    """As Qwen's published script reads them."""
+    assert letter_of_choices(text, ["the blue one", "the red one.", "Go", "Zz"], ENGLISH) == found
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("因此正确答案是：C。", "C"),
+        ("应该选B选项。", "B"),
+        ("答案不是A，而是D选项正确", "D"),
+        ("A选项不正确，B选项符合题意", "B"),
+        ("（C）", "C"),
+        ("传输层的面向连接服务的特性是保证可靠", "B"),
+        ("", ""),
+    ],
+)
+def test_letters_of_chinese_answers(text: str, found: str) -> None:
+    doc = {"question": "传输层的面向连接服务的特性是____。", "A": "不可靠。", "B": "保证可靠", "C": "慢", "D": "快"}
+    assert chinese_letters([[text]], [doc]) == [found]
+
+
+def test_letters_of_mmlu_pro() -> None:
     assert letter("I think A, but the answer is (C).", MMLU_PRO) == "C"
     assert letter("Answer: D", MMLU_PRO) == "D"
     assert letter("Either B or E", MMLU_PRO) == "E"
     assert letter("none", MMLU_PRO) == ""
-    assert letter("The correct answer is: B. Because A is wrong.", ENGLISH) == "B"
-    assert letter("D is correct", ENGLISH) == "D"
-    assert letter("C. the third one", ENGLISH) == "C"
-    assert letter("因此正确答案是：C", CHINESE) == "C"
-    assert letter("应该选B", CHINESE) == "B"
-    assert letter_of_choices("It must be the red one", ["the blue one", "the red one"], ENGLISH) == "B"
+
+
+def test_answers_of_bbh() -> None:
     answers = bbh_answers([["So the answer is (B).\n\nQ: more the answer is X."], ["no idea"]], [{}, {}])
     assert answers == ["(B)", ""]

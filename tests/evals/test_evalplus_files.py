@@ -13,7 +13,7 @@ from qwench.evals import code_tests
 from qwench.evals.code_tests import CodeResult, evalplus_problem, score_programs
 from qwench.evals.local_data import layouts
 from qwench.evals.local_files import Files
-from qwench.evals.needed_code import needed_code
+from qwench.evals.needed_code import function_body, needed_code
 from qwench.tools.sandbox import Sandbox
 
 
@@ -250,3 +250,19 @@ def solve(x):
 def test_what_a_function_needs(text: str, kept: str) -> None:
     lines = [line for line in needed_code(text, "solve").split("\n") if line.strip()]
     assert lines == [line for line in kept.split("\n") if line.strip()]
+
+
+@pytest.mark.parametrize(
+    ("answer", "body"),
+    [
+        (
+            "Sure:\n```python\nimport math\ndef f(x):\n    y = x\n\n    return y\n```\nDone.",
+            "    y = x\n\n    return y",
+        ),
+        ("def f(x):\n    return x\nprint(f(1))", "    return x"),
+        ("Here:\ndef other(x):\n    return 2\nBye", "    return 2"),
+        ("return x", "    return x"),
+    ],
+)
+def test_bodies_of_functions_in_answers(answer: str, body: str) -> None:
+    assert function_body(answer, "f") == body

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from qwench.evals.code_tests import (
     solution,
 )
 from qwench.evals.context import current
-from qwench.evals.needed_code import needed_code
+from qwench.evals.needed_code import function_body, needed_code
 
 Answers = list[list[str]]
 Docs = list[dict[str, Any]]
@@ -77,6 +78,14 @@ def humaneval_alone(resps: Answers, docs: Docs) -> Outcomes:
 
 def humaneval_sanitized(resps: Answers, docs: Docs) -> Outcomes:
     return _run(_sanitized(resps, docs, humaneval_problem), docs, humaneval_problem, alone=True)
+
+
+def humaneval_body(resps: Answers, docs: Docs) -> Outcomes:
+    bodies = [
+        [function_body(answer, doc["entry_point"]) for answer in answers]
+        for answers, doc in zip(resps, docs, strict=True)
+    ]
+    return _run(bodies, docs, humaneval_problem)
 
 
 def mbpp(resps: Answers, docs: Docs) -> Outcomes:
@@ -143,6 +152,17 @@ def evalplus_chat_question(doc: dict[str, Any]) -> str:
 
 def mbpp_chat_question(doc: dict[str, Any]) -> str:
     return _chat_question(_question(doc))
+
+
+def humanevalpack_question(doc: dict[str, Any]) -> str:
+    """The question as HumanEvalPack's instructions put it: signature, description, and the prompt itself."""
+    prompt = doc["prompt"]
+    head = re.search(rf"def\s+({re.escape(doc['entry_point'])}.*?):\s*\n", prompt)
+    told = re.search(r"(\"\"\"|''')(.*?)(?:\"\"\"|''')", prompt, re.DOTALL)
+    if head is None or told is None:
+        raise ValueError(f"{doc['task_id']}: the prompt has no head of {doc['entry_point']}, or no docstring")
+    description = "\n".join(line.strip() for line in told[2].split("\n"))
+    return f"Write a Python function `{head[1]}` to solve the following problem:\n{description}\n{prompt}"
 
 
 def _chat_question(question: str) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import lm_eval.tasks
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from qwench.evals.math_answers import boxed, equal, extract, last_number, normalise
+from qwench.evals.math_answers import boxed, equal, extract, last_number, normalise, number
 
 
 def examples() -> list[dict[str, str]]:
@@ -63,5 +63,9 @@ def score(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
 
 
 def score_last_number(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    """The last number of the answer against the right one."""
-    return {"accuracy": float(equal(normalise(last_number(results[0])), gold(doc), symbolic=False))}
+    """The last number of the answer against the right one, to 1e-4 [Qwen's evaluation scripts]."""
+    found, right = normalise(last_number(results[0])), gold(doc)
+    mine, theirs = number(found), number(right)
+    if mine is not None and theirs is not None:
+        return {"accuracy": float(abs(mine - theirs) <= 1e-4)}
+    return {"accuracy": float(equal(found, right, symbolic=False))}
