@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64, help="answers at a time of the peer")
     parser.add_argument("--score-batch", type=int, default=16, help="log-likelihoods at a time of the peer")
     parser.add_argument("--max-gen-toks", type=int, help="for both; unset: the tasks' own")
+    parser.add_argument("--name", default="eval_peer", help="of the file of results")
     parser.add_argument("--room", type=Path, default=Path("/tmp/eval-peer"))
     parser.add_argument("--part", choices=("all", "qwench", "peer", "join"), default="all")
     args = parser.parse_args()
@@ -163,7 +164,7 @@ def join(args: argparse.Namespace) -> None:
         "torch": torch.__version__, "peer": {k: v for k, v in theirs.items() if k != "tasks"},
         "tasks": tasks,
     }  # fmt: skip
-    write_result("eval_peer", figures)
+    write_result(args.name, figures)
 
 
 def _write(path: Path, value: Any) -> None:

@@ -1,4 +1,4 @@
-"""Write the README's benchmark table from benchmarks/results/*.json: no number stands there without its file."""
+"""Write the tables of README and docs from benchmarks/results/*.json: no number stands there without its file."""
 
 from __future__ import annotations
 
@@ -120,14 +120,37 @@ def whole_run_rows() -> list[str]:
     return lines
 
 
+TASKS = {
+    "humaneval": "HumanEval", "gsm8k": "GSM8K, half", "ifeval": "IFEval, half", "mmlu": "MMLU, 29 subjects",
+    "cmmlu": "CMMLU, 34 subjects", "cruxeval_i": "CRUXEval inputs, reasoning", "fim": "filling in the middle",
+}  # fmt: skip
+
+
+def evaluation_rows() -> list[str]:
+    """Scores and seconds of the same tasks through qwench and through lm-eval's backend for transformers."""
+    lines = ["| task | questions | qwench | transformers | qwench, s | transformers, s | ratio |", "|" + "---|" * 7]
+    for name, label in TASKS.items():
+        task = figures("eval_peer")["tasks"][name]
+        seconds, error = task["seconds"], 100 * task["standard_error_of_difference_if_independent"]
+        scores = f"{100 * task['qwench']:.1f} | {100 * task['transformers']:.1f} (± {error:.1f})"
+        times = f"{seconds['qwench']:.1f} | {seconds['transformers']:.1f} | {task['times_as_fast']:.1f}"
+        lines.append(f"| {label} | {task['n']:,} | {scores} | {times} |")
+    return lines
+
+
+def fill(path: Path, marker: str, lines: list[str]) -> None:
+    """Put lines between `<!-- marker -->` and `<!-- /marker -->`."""
+    table = "\n".join([f"<!-- {marker} -->", *lines, f"<!-- /{marker} -->"])
+    pattern = rf"<!-- {marker} -->.*?<!-- /{marker} -->"
+    text, count = re.subn(pattern, lambda _: table, path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert count == 1, f"{path.name} needs one pair of markers {marker}"
+    path.write_text(text, encoding="utf-8")
+
+
 def main() -> None:
-    text = README.read_text(encoding="utf-8")
-    table = "\n".join(
-        ["<!-- benchmarks -->", *rows(), *engine_rows(), *training_rows(), *whole_run_rows(), "<!-- /benchmarks -->"]
-    )
-    found, count = re.subn(r"<!-- benchmarks -->.*?<!-- /benchmarks -->", lambda _: table, text, flags=re.DOTALL)
-    assert count == 1, "README.md needs one pair of benchmark markers"
-    README.write_text(found, encoding="utf-8")
+    fill(README, "benchmarks", [*rows(), *engine_rows(), *training_rows(), *whole_run_rows()])
+    fill(README, "eval_peer", evaluation_rows())
+    fill(README.parent / "docs" / "evaluation.md", "eval_peer", evaluation_rows())
 
 
 if __name__ == "__main__":

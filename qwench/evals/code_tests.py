@@ -146,12 +146,31 @@ def solution(problem: CodeProblem, completion: str) -> str:
     it and keeps what stands before (imports and helpers); any other continues the prompt."""
     if not problem.entry_point or not problem.prompt:
         return problem.prompt + completion
-    head = re.compile(_HEADS[problem.language].format(name=re.escape(problem.entry_point)), re.MULTILINE)
-    if not head.search(completion):
+    if not _head(problem).search(completion):
         return problem.prompt + completion
-    places = [match.start() for match in head.finditer(problem.prompt)]
-    before = problem.prompt[: places[-1]] if places else problem.prompt
+    before = _before(problem)
     return f"{before.rstrip()}\n\n{completion}" if before.strip() else completion
+
+
+def alone(problem: CodeProblem) -> CodeProblem:
+    """The same for answers that are whole programs, with nothing of the prompt before them. Functions of the prompt
+    that the tests call (three problems of HumanEval) are there for the tests, out of the answer's sight."""
+    before = _before(problem) if problem.language == "python" and problem.entry_point else ""
+    helpers = re.findall(r"^def\s+(\w+)", before, re.MULTILINE)
+    tests = problem.tests
+    if any(re.search(rf"\b{name}\b", tests) for name in helpers):
+        tests = f"exec({before + tests!r}, dict(globals()))\n"
+    return replace(problem, prompt="", tests=tests)
+
+
+def _head(problem: CodeProblem) -> re.Pattern[str]:
+    return re.compile(_HEADS[problem.language].format(name=re.escape(problem.entry_point)), re.MULTILINE)
+
+
+def _before(problem: CodeProblem) -> str:
+    """What stands in the prompt before the head of the function that is asked for: imports and helpers."""
+    places = [match.start() for match in _head(problem).finditer(problem.prompt)]
+    return problem.prompt[: places[-1]] if places else problem.prompt
 
 
 def _test_program(problem: CodeProblem, completion: str) -> tuple[Program, str]:

@@ -16,6 +16,7 @@ from qwench.evals.code_tests import (
     LIMITS,
     CodeProblem,
     CodeResult,
+    alone,
     evalplus_problem,
     humaneval_problem,
     mbpp_problem,
@@ -276,3 +277,23 @@ def test_what_the_machine_may_have_ended_runs_once_more_alone():
     (results,) = score_programs([humaneval_problem(ADD)], [["    return 1\n"] * 3], sandbox=Busy())
     assert asked == [3, 1, 1]
     assert [result.status for result in results] == ["passed", "passed", "timeout"]
+
+
+def test_tests_call_the_prompts_helpers_and_whole_answers_do_not(sandbox: Sandbox) -> None:
+    problem = CodeProblem(
+        "HumanEval/38",
+        'import math\n\n\ndef helper(x):\n    return math.floor(x) + 1\n\n\ndef inverse(x):\n    """Undo helper."""\n',
+        "def check(candidate):\n    assert candidate(helper(3)) == 3\ncheck(inverse)\n",
+        "inverse",
+    )
+    answers = [
+        "def inverse(x):\n    return x - 1\n",
+        "def inverse(x):\n    return x\n",
+        "def inverse(x):\n    return helper(x) - 2\n",
+    ]
+    right, wrong, leaning = one(sandbox, alone(problem), *answers)
+    assert right.passed
+    assert (wrong.status, leaning.status) == ("failed", "error")
+    assert "helper" in leaning.detail
+    (behind,) = one(sandbox, problem, answers[2])
+    assert behind.passed

@@ -6,7 +6,6 @@ import ast
 import json
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import lm_eval.tasks
 from qwench.evals.code_tests import (
     CodeProblem,
     CodeResult,
+    alone,
     evalplus_problem,
     humaneval_problem,
     mbpp_problem,
@@ -32,12 +32,9 @@ Outcomes = list[list[dict[str, Any]]]
 KS = (1, 10, 100)
 
 
-def _run(
-    resps: Answers, docs: Docs, problem: Callable[[dict[str, Any]], CodeProblem], *, alone: bool = False
-) -> Outcomes:
-    """What became of every answer's program, with the program itself. `alone`: the answer is all of it, without the
-    prompt's imports and helpers."""
-    problems = [replace(problem(doc), prompt="") if alone else problem(doc) for doc in docs]
+def _run(resps: Answers, docs: Docs, problem: Callable[[dict[str, Any]], CodeProblem]) -> Outcomes:
+    """What became of every answer's program, with the program itself."""
+    problems = [problem(doc) for doc in docs]
     completions = [[answer.replace("\t", "    ") for answer in answers] for answers in resps]
     results = score_programs(problems, completions, workers=current().workers)
     return [
@@ -73,11 +70,11 @@ def humaneval(resps: Answers, docs: Docs) -> Outcomes:
 
 
 def humaneval_alone(resps: Answers, docs: Docs) -> Outcomes:
-    return _run(resps, docs, humaneval_problem, alone=True)
+    return _run(resps, docs, lambda doc: alone(humaneval_problem(doc)))
 
 
 def humaneval_sanitized(resps: Answers, docs: Docs) -> Outcomes:
-    return _run(_sanitized(resps, docs, humaneval_problem), docs, humaneval_problem, alone=True)
+    return _run(_sanitized(resps, docs, humaneval_problem), docs, lambda doc: alone(humaneval_problem(doc)))
 
 
 def humaneval_body(resps: Answers, docs: Docs) -> Outcomes:
@@ -89,11 +86,11 @@ def humaneval_body(resps: Answers, docs: Docs) -> Outcomes:
 
 
 def mbpp(resps: Answers, docs: Docs) -> Outcomes:
-    return _run(resps, docs, _mbpp, alone=True)
+    return _run(resps, docs, lambda doc: alone(_mbpp(doc)))
 
 
 def mbpp_sanitized(resps: Answers, docs: Docs) -> Outcomes:
-    return _run(_sanitized(resps, docs, _mbpp), docs, _mbpp, alone=True)
+    return _run(_sanitized(resps, docs, _mbpp), docs, lambda doc: alone(_mbpp(doc)))
 
 
 def _mbpp(doc: dict[str, Any]) -> CodeProblem:
@@ -125,7 +122,7 @@ def multipl_e(resps: Answers, docs: Docs) -> Outcomes:
 
 
 def multipl_e_alone(resps: Answers, docs: Docs) -> Outcomes:
-    return _run(resps, docs, multipl_e_problem, alone=True)
+    return _run(resps, docs, lambda doc: alone(multipl_e_problem(doc)))
 
 
 def evalplus_question(doc: dict[str, Any]) -> str:
@@ -184,8 +181,8 @@ def evalplus(resps: Answers, docs: Docs) -> Outcomes:
 
 
 def evalplus_alone(resps: Answers, docs: Docs) -> Outcomes:
-    return _run(resps, docs, _evalplus, alone=True)
+    return _run(resps, docs, lambda doc: alone(_evalplus(doc)))
 
 
 def evalplus_sanitized(resps: Answers, docs: Docs) -> Outcomes:
-    return _run(_sanitized(resps, docs, _evalplus), docs, _evalplus, alone=True)
+    return _run(_sanitized(resps, docs, _evalplus), docs, lambda doc: alone(_evalplus(doc)))
