@@ -170,6 +170,8 @@ def main(argv: Sequence[str], open_engine: OpenEngine) -> int:
         shown = "no metric" if metric is None else f"{entry['primary']} {number(metric['value'])}"
         console.print(f"{label}: {shown} after {entry['seconds']:.1f} s", highlight=False)
 
+    if preset is None and (hint := preset_hint(items, name)):
+        console.print(hint, highlight=False)
     roots = data_roots(data_dirs)
     for item in items:
         with contextlib.suppress(MissingDataError) if item.optional else contextlib.nullcontext():
@@ -290,6 +292,19 @@ def _with_figure(item: Item, preset: Preset | None, model: str, compare: str | N
     if figure is None:
         return item
     return dataclasses.replace(item, published={**figure, "same_setting": preset is not None})
+
+
+def preset_hint(items: Sequence[Item], model: str) -> str:
+    """Which preset has the settings that a model's published scores were measured with, where they are not used."""
+    from qwench.evals import presets
+
+    known = presets.of_model(model)
+    asked = {item.task for item in items}
+    labels = [label for label, task in known.tasks.items() if asked & {label, task["task"]}] if known else []
+    if known is None or not labels:
+        return ""
+    told = f"--preset {known.name} --tasks {','.join(labels)}"
+    return f"note: settings of the tasks' own; those of the published scores of {known.model_named(model)}: {told}"
 
 
 def generation_settings(given: Sequence[str]) -> dict[str, Any]:

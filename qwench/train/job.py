@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -21,36 +21,14 @@ from qwench.parallel.schedule import bubble_share, check_schedule
 from qwench.parallel.stages import deal_layers
 from qwench.run import Resume, Run, console, refuse_other_run
 from qwench.train.checkpoint import Checkpoints
-from qwench.train.config import GuardConfig, LoopConfig, OptimConfig, ParallelConfig, StartConfig
+from qwench.train.config import ParallelConfig
 from qwench.train.layouts import settle, smallest_gpu
+from qwench.train.recipe import TrainingRecipe
 
 log = logging.getLogger("qwench.train")
 
 
-class Recipe(Protocol):
-    """The part of every training recipe that says where it runs."""
-
-    @property
-    def out(self) -> Path: ...
-    @property
-    def resume(self) -> Resume: ...
-    @property
-    def model(self) -> StartConfig: ...
-    @property
-    def seq_len(self) -> int: ...
-    @property
-    def gpus(self) -> int: ...
-    @property
-    def loop(self) -> LoopConfig: ...
-    @property
-    def parallel(self) -> ParallelConfig: ...
-    @property
-    def optim(self) -> OptimConfig: ...
-    @property
-    def guard(self) -> GuardConfig: ...
-
-
-R = TypeVar("R", bound=Recipe)
+R = TypeVar("R", bound=TrainingRecipe)
 T = TypeVar("T")
 
 
@@ -123,7 +101,7 @@ def _restarts(stage: Callable[[R, Team], T], recipe: R, model_config: Callable[[
     )
 
 
-def check_checkpoints(recipe: Recipe, config: ModelConfig) -> None:
+def check_checkpoints(recipe: TrainingRecipe, config: ModelConfig) -> None:
     """Raise ValueError for a checkpoint to start from whose weights are not those of its config, and for a run
     directory that this recipe does not continue. Headers are read, no weights."""
     if recipe.model.path is not None:
@@ -142,7 +120,7 @@ def check_checkpoints(recipe: Recipe, config: ModelConfig) -> None:
             )
 
 
-def _resume(recipe: Recipe) -> Resume:
+def _resume(recipe: TrainingRecipe) -> Resume:
     """What a restarted job finds in its directory is its own."""
     return "auto" if recipe.resume == "never" and attempt() else recipe.resume
 
@@ -172,7 +150,7 @@ def sizes_of(parallel: ParallelConfig) -> dict[str, int]:
     return {axis: getattr(parallel, axis) for axis in ("pipeline", "replicate", "shard", "context", "tensor")}
 
 
-def _rank(stage: Callable[[Any, Team], T], recipe: Recipe, layout: Layout) -> T:
+def _rank(stage: Callable[[Any, Team], T], recipe: TrainingRecipe, layout: Layout) -> T:
     place = place_in_environment()
     if place.world == 1:
         return stage(recipe, Team.alone(pick_device(recipe.loop.device)))
@@ -208,7 +186,7 @@ class Follower:
 
 
 @contextmanager
-def open_run(recipe: Recipe, stage: str, team: Team) -> Iterator[Run | Follower]:
+def open_run(recipe: TrainingRecipe, stage: str, team: Team) -> Iterator[Run | Follower]:
     """The run directory: rank 0 holds and writes it. Raises ValueError on rank 0 if it is another run's."""
     if team.is_main:
         with Run(recipe.out, recipe, stage, _resume(recipe)) as run:

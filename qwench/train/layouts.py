@@ -18,7 +18,7 @@ import itertools
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 
@@ -28,7 +28,7 @@ from qwench.ops.cross_entropy import adds_to_fp32
 from qwench.parallel.layout import AXES, Layout, check_model
 from qwench.parallel.schedule import bubble_share
 from qwench.train.compile import Remat, repeated_flops_per_token
-from qwench.train.config import LoopConfig, OptimConfig, ParallelConfig
+from qwench.train.config import LoopConfig, OptimConfig
 from qwench.train.memory import (
     COMPILED_KINDS,
     GIB,
@@ -41,6 +41,7 @@ from qwench.train.memory import (
     memory_plan,
     usable_bytes,
 )
+from qwench.train.recipe import TrainingRecipe
 
 HOST = 8
 """GPUs of a host."""
@@ -198,20 +199,7 @@ def step_cost(work: Workload, seq_len: int, host: int = HOST) -> float:
 
 
 # ------------------------------------------------------------------------------------------------------- from a recipe
-class Recipe(Protocol):
-    """The part of every training recipe that decides its memory."""
-
-    @property
-    def seq_len(self) -> int: ...
-    @property
-    def loop(self) -> LoopConfig: ...
-    @property
-    def parallel(self) -> ParallelConfig: ...
-    @property
-    def optim(self) -> OptimConfig: ...
-
-
-R = TypeVar("R", bound=Recipe)
+R = TypeVar("R", bound=TrainingRecipe)
 
 
 def optimizer_kind(optim: OptimConfig) -> OptimizerKind:
@@ -226,7 +214,7 @@ def _itemsize(loop: LoopConfig) -> int:
     return 4 if loop.precision == "fp32" else 2
 
 
-def workload_of(recipe: Recipe, config: ModelConfig, layout: Layout) -> Workload:
+def workload_of(recipe: TrainingRecipe, config: ModelConfig, layout: Layout) -> Workload:
     """What a recipe's step holds on a rank of a GPU job. `loop.remat = "auto"` counts as "elementwise"."""
     loop, parallel, reshard = recipe.loop, recipe.parallel, recipe.parallel.reshard_after_forward
     compiled = loop.compile != "off"
@@ -298,7 +286,7 @@ def smallest_gpu() -> int | None:
         ) from None
 
 
-def choose_free(recipe: Recipe, work: Workload, usable: int) -> Workload:
+def choose_free(recipe: TrainingRecipe, work: Workload, usable: int) -> Workload:
     """`work` with what the recipe leaves to the plan: what is computed again, then whether weights stay gathered.
 
     Recomputation comes first: it costs the device's time, gathering again mostly a link's that is idle otherwise.
@@ -312,7 +300,7 @@ def choose_free(recipe: Recipe, work: Workload, usable: int) -> Workload:
 
 
 def pick_free(
-    recipe: Recipe, config: ModelConfig, layout: Layout, device: torch.device, compiled: bool
+    recipe: TrainingRecipe, config: ModelConfig, layout: Layout, device: torch.device, compiled: bool
 ) -> tuple[Remat, bool]:
     """`loop.remat` and `parallel.reshard_after_forward` on `device`: of a GPU what the memory plan says, of a CPU the
     usual."""

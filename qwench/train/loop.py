@@ -21,9 +21,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,23 +46,13 @@ from qwench.train.batch import Batch, padding_row
 from qwench.train.checkpoint import Checkpoints, TrainState, export
 from qwench.train.checkup import Checkup
 from qwench.train.compile import IN_BLOCKS, uncompiled
-from qwench.train.config import (
-    CheckpointConfig,
-    FollowConfig,
-    GuardConfig,
-    LoopConfig,
-    MiniConfig,
-    OpsConfig,
-    OptimConfig,
-    ParallelConfig,
-    ScheduleConfig,
-)
 from qwench.train.guard import Guard, StepDecision, decide
 from qwench.train.job import Follower
 from qwench.train.loss import next_token_losses
 from qwench.train.observe import Observers
 from qwench.train.optim import build_optimizer, squared_gradient_norm
 from qwench.train.prepare import Prepared, forced_operations
+from qwench.train.recipe import TrainingRecipe
 from qwench.train.schedule import batch_growth, lr_ratio, num_steps
 from qwench.train.verify import verify_export
 from qwench.train.work import Work, WorkMaker
@@ -76,33 +65,6 @@ LossFunction = Callable[[CausalLM, Batch, float], tuple[Tensor, Tensor]]
 
 Ranks that divide the tokens of a batch (context) each return the sum of their own, ranks that divide matrices (tensor)
 the same sum."""
-
-
-class Recipe(Protocol):
-    """The part of every training recipe that the loop reads."""
-
-    @property
-    def out(self) -> Path: ...
-    @property
-    def seq_len(self) -> int: ...
-    @property
-    def loop(self) -> LoopConfig: ...
-    @property
-    def parallel(self) -> ParallelConfig: ...
-    @property
-    def optim(self) -> OptimConfig: ...
-    @property
-    def schedule(self) -> ScheduleConfig: ...
-    @property
-    def checkpoint(self) -> CheckpointConfig: ...
-    @property
-    def guard(self) -> GuardConfig: ...
-    @property
-    def follow(self) -> FollowConfig: ...
-    @property
-    def mini(self) -> MiniConfig: ...
-    @property
-    def ops(self) -> OpsConfig: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +83,7 @@ class TrainResult:
 class Trainer:
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: TrainingRecipe,
         run: Run | Follower,
         prepared: Prepared,
         tokenizer: Tokenizer | None,

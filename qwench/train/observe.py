@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -23,23 +23,12 @@ from qwench.ops.hardware import peak_flops, sustained_flops
 from qwench.parallel.layout import Team
 from qwench.parallel.watchdog import Watchdog
 from qwench.run import Run
-from qwench.train.config import FollowConfig, GuardConfig, LoopConfig
 from qwench.train.job import Follower
 from qwench.train.profile import NUM_STEPS, Rates, StepProfile
+from qwench.train.recipe import TrainingRecipe
 from qwench.train.trackers import Trackers
 
 log = logging.getLogger("qwench.train")
-
-
-class Recipe(Protocol):
-    """The part of every training recipe that is read here."""
-
-    @property
-    def loop(self) -> LoopConfig: ...
-    @property
-    def guard(self) -> GuardConfig: ...
-    @property
-    def follow(self) -> FollowConfig: ...
 
 
 class Observers:
@@ -47,7 +36,7 @@ class Observers:
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: TrainingRecipe,
         run: Run | Follower,
         team: Team,
         device: torch.device,

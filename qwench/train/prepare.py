@@ -13,7 +13,6 @@ import logging
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
@@ -24,30 +23,14 @@ from qwench.parallel.layout import Team
 from qwench.tokenizer import Tokenizer
 from qwench.train.checkpoint import Checkpoints
 from qwench.train.compile import Remat, can_compile, compile_blocks, refused_choices, rematerialise
-from qwench.train.config import LoopConfig, OpsConfig, OptimConfig, ParallelConfig, StartConfig
+from qwench.train.config import LoopConfig, OpsConfig, StartConfig
 from qwench.train.copies import ComputeCopies
 from qwench.train.fp8 import pick_fp8
 from qwench.train.layouts import pick_free
+from qwench.train.recipe import TrainingRecipe
 from qwench.train.start import build_sharded, model_config
 
 log = logging.getLogger("qwench.train")
-
-
-class Recipe(Protocol):
-    """The part of every training recipe that is read here."""
-
-    @property
-    def out(self) -> Path: ...
-    @property
-    def seq_len(self) -> int: ...
-    @property
-    def loop(self) -> LoopConfig: ...
-    @property
-    def parallel(self) -> ParallelConfig: ...
-    @property
-    def optim(self) -> OptimConfig: ...
-    @property
-    def ops(self) -> OpsConfig: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +57,7 @@ class Prepared:
 
 
 def prepare_model(
-    recipe: Recipe, start: StartConfig, tokenizer: Tokenizer, team: Team, *, row_tokens: int | None = None
+    recipe: TrainingRecipe, start: StartConfig, tokenizer: Tokenizer, team: Team, *, row_tokens: int | None = None
 ) -> Prepared:
     """Raises ValueError for a recipe whose blocks cannot be compiled, and where `build_sharded` does."""
     dtype = run_precision(recipe.loop, team, recipe.out)

@@ -12,6 +12,7 @@ import pytest
 
 from qwench import cli
 from qwench.evals import command, presets
+from qwench.evals.harness import Item
 from qwench.model.config import ModelConfig
 from qwench.model.decoder import CausalLM
 from qwench.model.weights import save_pretrained
@@ -238,6 +239,15 @@ def test_figures_follow_the_models_name() -> None:
         "qwen2.5-coder",
         None,
     ]
+
+
+def test_the_preset_of_a_known_model_is_named() -> None:
+    items = [Item(task="humaneval"), Item(task="gsm8k_instruct"), Item(task="needle_en")]
+    assert command.preset_hint(items, "qwen2.5-coder-0.5b-instruct-q4_k_m").endswith(
+        "published scores of Qwen2.5-Coder-0.5B-Instruct: --preset qwen2.5-coder-instruct --tasks humaneval,gsm8k"
+    )
+    assert command.preset_hint(items[2:], "Qwen2.5-7B") == ""
+    assert command.preset_hint(items, "my-model") == ""
 
 
 def test_a_preset_of_ones_own(tmp_path: Path) -> None:
