@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,22 +27,39 @@ def main(argv: list[str]) -> int:
 @contextmanager
 def open_engine(args: argparse.Namespace) -> Iterator[tuple[Engine, About]]:
     """The engine that the command's arguments describe, and what is recorded of it."""
-    from qwench import config
-    from qwench.engine import Engine
-    from qwench.engine.config import EngineConfig
     from qwench.run import console
-    from qwench.tokenizer import Tokenizer
 
     settings = [*args.settings, *([f"max_seqs={args.batch}"] if args.batch else [])]
     with console.status(f"loading {args.model}"):
-        tokenizer = args.tokenizer
-        if args.chat_format:
-            from qwench.model.checkpoint import locate
-
-            tokenizer = Tokenizer.load(tokenizer or locate(args.model)).with_chat_format(args.chat_format)
-        engine = Engine(args.model, args.device, args.dtype, tokenizer, config.load(EngineConfig, settings))
+        engine = load_engine(args.model, args.device, args.dtype, args.tokenizer, args.chat_format, settings)
     with engine:
         yield engine, about(engine, args)
+
+
+def load_engine(
+    model: str, device: str, dtype: str, tokenizer: str | None, chat_format: str | None, settings: Sequence[str]
+) -> Engine:
+    """An engine with settings as the command line gives them (`key=value`), and a chat template by name."""
+    from qwench import config
+    from qwench.engine import Engine
+    from qwench.engine.config import EngineConfig
+    from qwench.model.checkpoint import locate
+    from qwench.tokenizer import Tokenizer
+
+    chosen: str | Tokenizer | None = tokenizer
+    if chat_format:
+        chosen = Tokenizer.load(tokenizer or locate(model)).with_chat_format(chat_format)
+    return Engine(model, device, dtype, chosen, config.load(EngineConfig, list(settings)))
+
+
+def template_error(engine: Engine, model: str) -> str:
+    """Why conversations cannot be put to this model; empty where they can."""
+    if engine.tokenizer.chat_format is not None and not engine.tokenizer.chat_format_is_guess:
+        return ""
+    return (
+        f"{model} came without a chat template that is known, and this task asks through one; give "
+        "--chat-format (for example qwen2.5), or --no-apply-chat-template where the task allows it"
+    )
 
 
 def about(engine: Engine, args: argparse.Namespace) -> About:
@@ -55,12 +72,6 @@ def about(engine: Engine, args: argparse.Namespace) -> About:
     weight = engine.model.model.embed_tokens.weight
     where = Path(locate(args.model))
     tokenizer = engine.tokenizer
-    error = ""
-    if tokenizer.chat_format is None or tokenizer.chat_format_is_guess:
-        error = (
-            f"{args.model} came without a chat template that is known, and this task asks through one; give "
-            "--chat-format (for example qwen2.5), or --no-apply-chat-template where the task allows it"
-        )
     return About(
         model={
             "name": command.model_name(args.model),
@@ -81,7 +92,7 @@ def about(engine: Engine, args: argparse.Namespace) -> About:
             "config": config.to_dict(engine.config),
         },
         preset=args.preset,
-        chat_error=error,
+        chat_error=template_error(engine, args.model),
     )
 
 
