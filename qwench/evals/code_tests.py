@@ -126,10 +126,11 @@ def evalplus_problem(row: Mapping[str, Any], base_only: bool = False) -> CodePro
 
 # ---------------------------------------------------------------------------------------------- programs
 
-# What a program does when it has come to its end.
+# What a program does when it has come to its end. Python leaves at once: no thread that the solution left running is
+# waited for, and nothing that it does at the exit counts.
 _ENDINGS = {
-    "python": "\n\nimport os as _os\n_os.write(1, b'\\n{word}\\n')\n",
-    "javascript": "\n\nrequire('node:fs').writeSync(1, '\\n{word}\\n');\n",
+    "python": "\nimport os\nos.write(1, b'\\n{word}\\n')\nos._exit(0)\n",
+    "javascript": "\n\nprocess.stdout.write('\\n{word}\\n');\n",  # waits where a pipe is full, unlike fs.writeSync
     "bash": "\n\nprintf '\\n%s\\n' '{word}'\n",
     "perl": '\n\nprint "\\n{word}\\n";\n',
 }
@@ -146,8 +147,8 @@ def solution(problem: CodeProblem, completion: str) -> str:
     it and keeps what stands before (imports and helpers); any other continues the prompt."""
     if not problem.entry_point or not problem.prompt:
         return problem.prompt + completion
-    if not _head(problem).search(completion):
-        return problem.prompt + completion
+    if not _head(problem).search(completion) or re.match(r"\s*^[ \t]", completion, re.MULTILINE):
+        return problem.prompt + completion  # a body, even where the function is defined again behind it
     before = _before(problem)
     return f"{before.rstrip()}\n\n{completion}" if before.strip() else completion
 
@@ -176,8 +177,10 @@ def _before(problem: CodeProblem) -> str:
 def _test_program(problem: CodeProblem, completion: str) -> tuple[Program, str]:
     word = secrets.token_hex(16)
     ending = _ENDINGS[problem.language].replace("{word}", word)
-    source = f"{solution(problem, completion)}\n\n{problem.tests}{ending}"
-    return Program(source, problem.language, limits=LIMITS), word
+    source = f"{solution(problem, completion)}\n\n{problem.tests}"
+    if problem.language == "python":  # in an empty namespace, as HumanEval's own harness does: `__name__` is no main
+        source = f"exec(compile({source!r}, 'solution.py', 'exec'), {{}})"
+    return Program(source + ending, problem.language, limits=LIMITS), word
 
 
 def _evalplus_program(problem: CodeProblem, source: str, mode: str, word: str, expected: bytes = b"") -> Program:
@@ -196,7 +199,7 @@ _ASSERTIONS = ("AssertionError", "assert.AssertionError")
 
 def _verdict(result: SandboxResult, word: str) -> CodeResult:
     if result.status == "ok":
-        if result.stdout.rstrip().endswith(word):
+        if word in result.stdout.splitlines():  # what the solution printed itself may come later
             return CodeResult(True, "passed", "")
         return CodeResult(False, "error", "it ended before its tests did")
     if result.status != "error":

@@ -129,8 +129,9 @@ def accepts(dataset: str, name: str, given: list[Any], out: Any, expected: Any, 
 
 
 def load(source: str, name: str) -> Any:
-    names: dict[str, Any] = {"__name__": "solution"}
-    exec(compile(source, "solution.py", "exec"), names)  # in the sandbox, which is what this file is for
+    names: dict[str, Any] = {}  # without a name of its own, as evalplus runs it: `__name__` is that of the builtins
+    code = compile(source, "solution.py", "exec", dont_inherit=True)  # nor with this file's `from __future__`
+    exec(code, names)  # in the sandbox, which is what this file is for
     return names[name]
 
 

@@ -11,9 +11,6 @@ import re
 import textwrap
 import warnings
 
-MOST_TRIES = 4000
-"""Runs of lines that are parsed in search of the longest that is Python; a text of 90 lines has as many."""
-
 
 def needed_code(text: str, entry_point: str) -> str:
     """The longest run of lines that is Python, without what `entry_point` does not need.
@@ -71,20 +68,30 @@ def _longest_python(text: str) -> str:
     filled = [0]
     for line in lines:
         filled.append(filled[-1] + bool(line.strip()))
-    runs = [(start, end) for start in range(len(lines)) for end in range(start + 2, len(lines) + 1)]
-    runs.sort(key=lambda run: filled[run[0]] - filled[run[1]])  # sorted keeps the first of equals first
-    for start, end in runs[:MOST_TRIES]:
-        if _is_python(found := "\n".join(lines[start:end])):
-            return found
-    return lines[0]
+    best, most = (0, 1), 0
+    for start in range(len(lines) - 1):
+        end = len(lines)
+        while end >= start + 2 and filled[end] - filled[start] > most:
+            wrong = _wrong_line("\n".join(lines[start:end]))
+            if not wrong:
+                best, most = (start, end), filled[end] - filled[start]
+            end = min(end - 1, start + wrong - 1) if wrong else start
+    return "\n".join(lines[best[0] : best[1]])
+
+
+def _wrong_line(text: str) -> int:
+    """The line, from 1, that no Python begins with the lines before can have; 0 where all of it is Python."""
+    try:
+        ast.parse(text)
+    except SyntaxError as error:
+        return error.lineno or text.count("\n") + 1
+    except (ValueError, RecursionError, MemoryError):
+        return text.count("\n") + 1
+    return 0
 
 
 def _is_python(text: str) -> bool:
-    try:
-        ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
-    return True
+    return not _wrong_line(text)
 
 
 def _defined_name(node: ast.stmt) -> str:

@@ -99,14 +99,34 @@ def sweep(deadline_s: float = 10.0) -> bool:
     return False
 
 
+def _stat(place: str) -> list[bytes]:
+    """What follows the name in a `stat` of /proc: state, ...; empty if the process or thread is gone."""
+    try:
+        return Path(f"{place}/stat").read_bytes().rsplit(b")", 1)[1].split()
+    except (OSError, IndexError):
+        return []
+
+
+def _living_thread(process: int) -> str:
+    """Where /proc tells of the memory and the files of a process whose first thread has ended; "" if all have."""
+    with contextlib.suppress(OSError):
+        for task in os.listdir(f"/proc/{process}/task"):
+            place = f"/proc/{process}/task/{task}"
+            if (fields := _stat(place)) and fields[0] not in (b"Z", b"X"):
+                return place
+    return ""
+
+
 def usage(process: int) -> tuple[float, int, int] | None:
     """Processor seconds (with those of children that it waited for), resident bytes, threads (0: it is dead and
     waits to be reaped); None if it is gone."""
-    try:
-        fields = Path(f"/proc/{process}/stat").read_bytes().rsplit(b")", 1)[1].split()
-    except (OSError, IndexError):
+    if not (fields := _stat(f"/proc/{process}")):
         return None
-    return sum(map(int, fields[11:15])) / _TICKS, int(fields[21]) * _PAGE, 0 if fields[0] == b"Z" else int(fields[17])
+    seconds, resident, threads = sum(map(int, fields[11:15])) / _TICKS, int(fields[21]) * _PAGE, int(fields[17])
+    if fields[0] == b"Z":  # dead, or its first thread alone is: then another one tells what it holds
+        other = _stat(place) if threads > 1 and (place := _living_thread(process)) else []
+        resident, threads = (int(other[21]) * _PAGE, threads) if other else (0, 0)
+    return seconds, resident, threads
 
 
 def cpu_of_the_dead() -> float:
@@ -140,12 +160,52 @@ def disk_use(scratch: str, processes: list[int], limit: int) -> tuple[int, str]:
             return total, "a directory that cannot be read"
     nameless: set[int] = set()
     for process in processes:
-        with contextlib.suppress(OSError):
-            for name in os.listdir(f"/proc/{process}/fd"):
-                with contextlib.suppress(OSError):
-                    held = os.stat(f"/proc/{process}/fd/{name}")
-                    if stat.S_ISREG(held.st_mode) and not held.st_nlink and held.st_dev == device:
-                        if held.st_ino not in nameless:
-                            total += held.st_blocks * 512
-                        nameless.add(held.st_ino)
+        for held in _open_files(process):
+            if held.st_dev == device and held.st_ino not in nameless:
+                total += held.st_blocks * 512
+                nameless.add(held.st_ino)
     return total, f"more than {limit >> 20} MB of files" if total > limit else ""
+
+
+def _descriptors(process: int) -> tuple[str, list[str]] | None:
+    """Where /proc tells of the open files of a process, and their numbers; None if it lives and hides them."""
+    place, names, refused = f"/proc/{process}", [], False
+    for _ in range(2):
+        try:
+            names = os.listdir(f"{place}/fd")
+        except OSError as error:
+            refused = isinstance(error, PermissionError)
+        if names:
+            return place, names
+        place = _living_thread(process)  # its first may have ended
+    fields = _stat(place) if place and refused else []
+    return None if fields and int(fields[20]) else (place, [])  # without memory it is about to end
+
+
+def _open_files(process: int) -> list[os.stat_result]:
+    """The regular files without a name that a process holds open."""
+    place, names = _descriptors(process) or ("", [])
+    found: list[os.stat_result] = []
+    for name in names:
+        with contextlib.suppress(OSError):
+            held = os.stat(f"{place}/fd/{name}")
+            if stat.S_ISREG(held.st_mode) and not held.st_nlink:
+                found.append(held)
+    return found
+
+
+def hidden_files(processes: list[int]) -> set[int]:
+    """Files that are mapped into memory, but have no name and are not open: what they hold cannot be told, however
+    little of it is mapped. Their inodes; a process that hides its open files counts as one (minus its number)."""
+    found = {-process for process in processes if _descriptors(process) is None}
+    mapped: set[int] = set()
+    for process in processes:
+        with contextlib.suppress(OSError):
+            data = Path(f"/proc/{process}/maps").read_bytes()
+            if not data and (place := _living_thread(process)):
+                data = Path(f"{place}/maps").read_bytes()
+            if b" (deleted)\n" in data:
+                mapped |= {int(line.split()[4]) for line in data.splitlines() if line.endswith(b" (deleted)")}
+    if mapped:
+        mapped -= {held.st_ino for process in processes for held in _open_files(process)}
+    return found | mapped

@@ -422,6 +422,8 @@ def _read_files(scratch: Path, program: Program, most: int) -> dict[str, bytes]:
                 if not entry.is_file(follow_symlinks=False):
                     continue
                 with contextlib.suppress(OSError):
+                    if entry.stat(follow_symlinks=False).st_size > left:  # not read: thousands may be all holes
+                        continue
                     descriptor = os.open(entry.path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
                     with os.fdopen(descriptor, "rb") as file:
                         data = file.read(left + 1)

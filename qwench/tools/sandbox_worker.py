@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 from qwench.tools import seccomp
-from qwench.tools.leftovers import cpu_of_the_dead, descendants, disk_use, remove_tree, sweep, usage
+from qwench.tools.leftovers import cpu_of_the_dead, descendants, disk_use, hidden_files, remove_tree, sweep, usage
 
 TICK_S = 0.02  # how often a running program's processor time, memory, files and processes are looked at
 THREADS_PER_PROCESS = 16
@@ -156,6 +156,7 @@ class _Watch:
         self.started, self.dead_before = time.monotonic(), cpu_of_the_dead()
         self.reason: tuple[str, str] | None = None
         self.cpu_s = 0.0  # when last looked at
+        self.hidden: set[int] = set()  # the same
 
     def end(self, status: str, detail: str) -> None:
         self.reason = self.reason or (status, detail)
@@ -191,8 +192,11 @@ class _Watch:
             self.end("killed", f"more than {THREADS_PER_PROCESS * limits['processes']} threads")
         else:
             _, wrong = disk_use(limits["scratch"], below, limits["file_mb"] << 20)
+            before, self.hidden = self.hidden, hidden_files(below)
             if wrong:
                 self.end("killed", wrong)
+            elif before & self.hidden:  # twice: one look may fall between the closing of a file and its unmapping
+                self.end("killed", "files that are neither named nor open")
         return None
 
     def _reap(self, below: list[int]) -> None:

@@ -16,8 +16,11 @@ from collections.abc import Sequence
 
 # name: (x86-64, aarch64); None where the architecture has no such call.
 _NUMBERS: dict[str, tuple[int | None, int | None]] = {
-    # Sockets: none at all. Connected pairs stay, which asyncio and multiprocessing use within one program.
+    # Sockets: none at all. Connected pairs stay, which asyncio and multiprocessing use within one program, but pass no
+    # open files: one that is under way is nobody's, and what it holds is not seen.
     "socket": (41, 198),
+    "sendmsg": (46, 211),
+    "sendmmsg": (307, 269),
     # what outlives a process, or holds memory that belongs to none
     "memfd_create": (319, 279),
     "memfd_secret": (447, 447),
@@ -121,6 +124,7 @@ _NUMBERS: dict[str, tuple[int | None, int | None]] = {
     "clone3": (435, 435),
     "prlimit64": (302, 261),
     "sched_setaffinity": (203, 122),
+    "mmap": (9, 222),
 }
 _NAMES = list(_NUMBERS)
 _PROGRAM_ONLY = _NAMES[_NAMES.index("mount") : _NAMES.index("chmod")]
@@ -130,11 +134,15 @@ _REFUSED = _NAMES[: _NAMES.index("mount")]
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column of _NUMBERS, AUDIT_ARCH_*
 _STREAM = 1  # SOCK_STREAM
 _X32_BIT = 0x40000000  # x86-64's second numbering of the same calls
+_SHARED_ANONYMOUS = 0x21  # MAP_SHARED | MAP_ANONYMOUS
+_HUGE_PAGES = 0x40000  # MAP_HUGETLB
+_THREAD_WITH_FILES, _THREAD = 0x10400, 0x10000  # CLONE_THREAD with and without CLONE_FILES
 _NAMESPACES = 0x7E020080  # CLONE_NEW{USER,PID,NET,IPC,UTS,CGROUP,NS,TIME}
 
 _LOAD, _AND, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x54, 0x15, 0x35, 0x45, 0x06  # BPF opcodes, 32-bit operands
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
-_AT_NUMBER, _AT_ARCHITECTURE, _AT_ARGUMENT_0, _AT_ARGUMENT_1 = 0, 4, 16, 24  # struct seccomp_data, low halves
+# struct seccomp_data, low halves
+_AT_NUMBER, _AT_ARCHITECTURE, _AT_ARGUMENT_0, _AT_ARGUMENT_1, _AT_ARGUMENT_3 = 0, 4, 16, 24, 40
 
 
 def _instruction(code: int, value: int, if_true: int = 0, if_false: int = 0) -> bytes:
@@ -197,15 +205,30 @@ def program_filter(supervised: bool) -> bytes:
             refuse,
             _instruction(_RETURN, _ALLOW),
         ]
-    if not supervised:
-        for number in numbers(["clone"]):
-            code += [
-                _instruction(_EQUAL, number, 0, 4),
-                _instruction(_LOAD, _AT_ARGUMENT_0),
-                _instruction(_ANY_BIT, _NAMESPACES, 0, 1),
-                refuse,
-                _instruction(_RETURN, _ALLOW),
-            ]
+    # Shared memory without a file stays whole while one page of it is mapped, so no look at a process tells its size;
+    # huge pages are in no process's count either.
+    for number in numbers(["mmap"]):
+        code += [
+            _instruction(_EQUAL, number, 0, 7),
+            _instruction(_LOAD, _AT_ARGUMENT_3),
+            _instruction(_ANY_BIT, _HUGE_PAGES, 0, 1),
+            refuse,
+            _instruction(_AND, _SHARED_ANONYMOUS),
+            _instruction(_EQUAL, _SHARED_ANONYMOUS, 0, 1),
+            refuse,
+            _instruction(_RETURN, _ALLOW),
+        ]
+    # A thread that shares no open files would have some that its process does not show; namespaces are refused.
+    for number in numbers(["clone"]):
+        code += [
+            _instruction(_EQUAL, number, 0, 5 if supervised else 6),
+            _instruction(_LOAD, _AT_ARGUMENT_0),
+            *([] if supervised else [_instruction(_ANY_BIT, _NAMESPACES, 3, 0)]),
+            _instruction(_AND, _THREAD_WITH_FILES),
+            _instruction(_EQUAL, _THREAD, 1, 0),
+            _instruction(_RETURN, _ALLOW),
+            refuse,
+        ]
     return b"".join([*code, _instruction(_RETURN, _ALLOW)])
 
 

@@ -72,6 +72,22 @@ def test_humaneval(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch):
     assert results[9].detail.startswith("NameError")
 
 
+def test_what_a_solution_does_besides_is_no_failure(sandbox: Sandbox):
+    """It runs in an empty namespace, as in HumanEval's own harness, and what it prints is ignored, early or late."""
+    results = one(
+        sandbox,
+        humaneval_problem(ADD),
+        "    print('some', 'text', end='')\n    return a + b\n",  # still in Python's buffer when the tests are done
+        "    import atexit\n    atexit.register(print, 'bye')\n    return a + b\n",
+        "    return a + b\n\nif __name__ == '__main__':\n    print(add(*map(int, input().split())))\n",
+        "    return a + b\n\nif __name__ == '__main__':\n    import unittest\n    unittest.main()\n",
+        "    import threading, time\n    threading.Thread(target=time.sleep, args=(999,)).start()\n    return a + b\n",
+        "    return a + b\n\ndef add(a, b):\n    return b + a\n",  # a body, and then the whole again
+        "    return a - b\n\nif __name__ == '__main__':\n    pass\n",
+    )
+    assert [result.status for result in results] == ["passed"] * 6 + ["failed"], results
+
+
 def test_a_whole_function_replaces_the_prompts():
     problem = humaneval_problem(ADD)
     assert solution(problem, "    return 1\n") == ADD["prompt"] + "    return 1\n"
@@ -107,9 +123,9 @@ def test_multipl_e_javascript(sandbox: Sandbox):
     assert (problem.entry_point, problem.language) == ("strlen", "javascript")
     results = one(
         sandbox, problem, "  return string.length;\n}\n", "const strlen = s => s.length;", "  return 1;\n}\n",
-        "  return (;\n}\n", "  process.exit(0);\n}\n",
+        "  return (;\n}\n", "  process.exit(0);\n}\n", "  process.stdout.write('x'.repeat(3e5)); return 3;\n}\n",
     )  # fmt: skip
-    assert [result.status for result in results] == ["passed", "passed", "failed", "error", "error"]
+    assert [result.status for result in results] == ["passed", "passed", "failed", "error", "error", "passed"]
     assert results[3].detail.startswith("SyntaxError")
     with pytest.raises(ValueError, match="'rkt' is not run here"):
         multipl_e_problem(row | {"language": "rkt"})
@@ -144,6 +160,22 @@ def test_evalplus_expected_outputs_come_from_the_canonical_solution(sandbox: San
     assert "FileNotFoundError" in results[6].detail
     base = one(sandbox, evalplus_problem(PLUS, base_only=True), "    return a + b if a < 100 else None\n")
     assert base == [CodeResult(True, "passed", "", True)]
+
+
+def test_evalplus_a_solution_runs_in_a_namespace_of_nothing(sandbox: Sandbox):
+    """As evalplus runs it: names in annotations must exist, and classes belong to a module that there is."""
+    results = one(
+        sandbox,
+        alone(evalplus_problem(PLUS)),
+        "def add(a: List[int], b):\n    return a + b\n",
+        "from typing import List\ndef add(a: List[int], b):\n    return a + b\n",
+        "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+        "@dataclass\nclass Pair:\n    a: ClassVar\n"
+        "def add(a, b):\n    return a + b\n",
+        "def add(a, b):\n    return a + b\nif __name__ == '__main__':\n    1 / 0\n",
+    )
+    assert [result.status for result in results] == ["error", "passed", "passed", "passed"], results
+    assert results[0].detail == "base: NameError: NameError(\"name 'List' is not defined\")"
 
 
 def test_evalplus_a_call_out_of_time_fails(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch):

@@ -252,6 +252,16 @@ def test_what_a_function_needs(text: str, kept: str) -> None:
     assert lines == [line for line in kept.split("\n") if line.strip()]
 
 
+def test_the_code_is_found_in_a_long_text() -> None:
+    """However long: short code before, between and behind much that is none."""
+    prose = ["This sentence (which has a bracket is no code.", "It's not, either.", "- nor is this"] * 80
+    for place in (0, 100, len(prose)):
+        text = "\n".join([*prose[:place], SOLVED, *prose[place:]])
+        assert [line for line in needed_code(text, "solve").split("\n") if line] == [
+            line for line in SOLVED.split("\n") if line
+        ]
+
+
 @pytest.mark.parametrize(
     ("answer", "body"),
     [

@@ -86,6 +86,22 @@ def test_files_go_in_and_come_out(sandbox: Sandbox):
         sandbox.run("", files={"main.py": ""})
 
 
+def test_files_of_holes_are_not_read(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch):
+    """Files too large for what may still come back are left, unread: they take no room, but a program may make many."""
+    sizes: list[int] = []
+    real = os.fdopen
+
+    def fdopen(descriptor: int, mode: str):
+        sizes.append(os.fstat(descriptor).st_size)
+        return real(descriptor, mode)
+
+    monkeypatch.setattr(sandbox_module.os, "fdopen", fdopen)
+    code = "for n in range(9):\n    with open(f'{n}', 'wb') as f: f.truncate(900_000)\n"
+    files = sandbox.run(code, limits=SandboxLimits(file_mb=1)).files
+    assert [len(content) for content in files.values()] == [900_000]
+    assert sum(sizes) < 2 << 20
+
+
 def test_nothing_is_carried_from_one_program_to_the_next(sandbox: Sandbox):
     """Neither files nor modules nor anything else: each is a new process in a new directory."""
     assert sandbox.run("import builtins\nbuiltins.leak = 1\nopen('left', 'w').write('x')").files == {"left": b"x"}

@@ -264,17 +264,85 @@ def test_thread_bomb(sandbox: Sandbox):
     [
         "x = bytearray(1 << 30)",
         "x = []\nwhile True: x.append(bytearray(1 << 20))",
-        "import mmap\nx = []\nwhile True:\n    m = mmap.mmap(-1, 1 << 24)\n    m.write(bytes(1 << 24))\n"
-        "    x.append(m)",
+        "import mmap\nx = []\nwhile True:\n    m = mmap.mmap(-1, 1 << 24, mmap.MAP_PRIVATE)\n"
+        "    m.write(bytes(1 << 24))\n    x.append(m)",
         "import os\nfor _ in range(2): os.fork()\nx = b'x' * (100 << 20)\nimport time\ntime.sleep(9)",
         "import ctypes\nlibc = ctypes.CDLL(None)\nlibc.malloc.restype = ctypes.c_void_p\n"
         "while True:\n    p = libc.malloc(1 << 24)\n    assert p, 'MemoryError'\n    ctypes.memset(p, 1, 1 << 24)",
     ],
-    ids=["one", "many", "shared", "children", "malloc"],
+    ids=["one", "many", "mapped", "children", "malloc"],
 )
 def test_memory(sandbox: Sandbox, hog: str):
     result = sandbox.run(hog, limits=dataclasses.replace(LIMITS, cpu_s=5.0))
     assert result.status == "memory", result
+
+
+def test_memory_behind_a_first_thread_that_ended(sandbox: Sandbox):
+    """What /proc tells of a process is its first thread's, which is nothing once that has ended and others go on."""
+    result = sandbox.run(
+        PRELUDE + "import platform, threading\n"
+        "def hog():\n"
+        "    time.sleep(0.3)\n"  # until that is so
+        "    x = bytes([1]) * (120 << 20)\n"
+        "    time.sleep(60)\n"
+        "for _ in range(3):\n"
+        "    if not os.fork(): break\n"
+        "threading.Thread(target=hog).start()\n"
+        "call(60 if platform.machine() == 'x86_64' else 93, 0)\n",  # exit, of this thread alone
+        limits=dataclasses.replace(LIMITS, cpu_s=5.0),
+    )
+    assert result.status == "memory", result
+
+
+def test_memory_that_no_look_would_find(sandbox: Sandbox):
+    """Shared memory of which one page stays mapped, huge pages, and files on their way between two sockets."""
+    contained(
+        sandbox,
+        "import array, mmap, socket\n"
+        "refused(lambda: mmap.mmap(-1, 1 << 20))\n"
+        "refused(lambda: mmap.mmap(-1, 1 << 21, mmap.MAP_PRIVATE | 0x40000))\n"
+        "a, b = socket.socketpair()\n"
+        "file = os.open('x', os.O_RDWR | os.O_CREAT)\n"
+        "refused(lambda: a.sendmsg([b'x'], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array('i', [file]))]))\n"
+        # a thread with open files of its own; the call must not return twice
+        "if os.uname().machine == 'x86_64' and call(56, 0x10900, 0, 0, 0, 0) != -1: print('ESCAPED', 'thread')\n",
+    )
+
+
+def test_files_that_are_only_mapped(sandbox: Sandbox):
+    """A megabyte each, of which one page is mapped; neither named nor open."""
+    result = sandbox.run(
+        "import mmap, os, time\n"
+        "kept = []\n"
+        "while True:\n"
+        "    file = os.open('x', os.O_RDWR | os.O_CREAT)\n"
+        "    os.unlink('x')\n"
+        "    os.write(file, bytes(1 << 20))\n"
+        "    first = os.open('.', os.O_RDONLY)\n"  # the number that the mapping's own copy gets is the next
+        "    kept.append(mmap.mmap(file, 4096, prot=mmap.PROT_READ))\n"
+        "    os.close(file)\n"
+        "    os.close(first)\n"
+        "    os.close(first + 1)\n"
+        "    time.sleep(0.002)\n",
+        limits=dataclasses.replace(LIMITS, cpu_s=5.0),
+    )
+    assert (result.status, result.detail) == ("killed", "files that are neither named nor open"), result
+
+
+def test_files_of_a_process_that_hides_them(sandbox: Sandbox):
+    """Nobody without privileges may look at a process that is not "dumpable", which one may say of itself."""
+    result = sandbox.run(
+        PRELUDE + "libc.prctl(4, 0, 0, 0, 0)\n"
+        "kept = []\n"
+        "while len(kept) < 100:\n"
+        "    kept.append(open('x', 'wb', buffering=0))\n"
+        "    os.unlink('x')\n"
+        "    kept[-1].write(bytes(1 << 20))\n"
+        "    time.sleep(0.002)\n"
+        "time.sleep(60)\n",
+        limits=dataclasses.replace(LIMITS, cpu_s=5.0),
+    )
+    assert result.status == "killed", result
 
 
 @pytest.mark.parametrize(
