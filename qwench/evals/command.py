@@ -191,7 +191,7 @@ def main(argv: Sequence[str], open_engine: OpenEngine) -> int:
 def _check(args: argparse.Namespace) -> None:
     if not args.tasks and not args.preset:
         raise ValueError("which tasks? give --tasks A,B or --preset NAME; qwench eval --list-tasks shows all")
-    if args.limit is not None and args.limit <= 0:
+    if args.limit is not None and not (0 < args.limit < 1 or (args.limit > 0 and args.limit.is_integer())):
         raise ValueError(f"--limit is {args.limit:g}; give a positive number of documents, or a share below 1")
     for name in ("num_fewshot", "workers"):
         if (getattr(args, name) or 0) < 0:
@@ -399,7 +399,7 @@ def print_table(results: Mapping[str, Any], *, compare: bool = False, subtasks: 
                 name if place == 0 else "",
                 metric,
                 str(entry["setting"]["num_fewshot"]) if place == 0 and "setting" in entry else "",
-                str(told["n"]) if place == 0 else "",
+                str(told["n"]) if place == 0 or told["n"] != entry["n"] else "",
                 number(told["value"]),
                 number(told["stderr"]) if told["stderr"] is not None else "",
             ]

@@ -128,6 +128,7 @@ def evaluate(
     with Finished(None if out is None else out / "requests.jsonl") as finished, using(context):
         prepared, missing = _prepare_all(catalogue, plan.items, roots)
         _refuse_twice(prepared)
+        _refuse_without_template(prepared, about.chat_error)
         _try_sandbox(prepared)
         lm = EngineLM(
             engine,
@@ -234,6 +235,14 @@ def _refuse_twice(prepared: Sequence[tuple[Item, Loaded]]) -> None:
             seen[name] = label
 
 
+def _refuse_without_template(prepared: Sequence[tuple[Item, Loaded]], why: str) -> None:
+    """Raise ValueError where the model has no chat template and a task renders its conversations itself."""
+    for _, loaded in prepared:
+        for task in loaded.tasks.values():
+            if why and (task.config.metadata or {}).get("chat") == "rendered":
+                raise ValueError(why)
+
+
 def _try_sandbox(prepared: Sequence[tuple[Item, Loaded]]) -> None:
     """Find out whether programs can be run here before answers are computed for hours. Raises ValueError."""
     tasks = [task for _, loaded in prepared for task in loaded.tasks.values()]
@@ -257,11 +266,11 @@ def _run(
     import numpy as np
     from lm_eval.evaluator import evaluate as lm_evaluate
 
-    from qwench.evals.score import metrics_of, samples_of, setting_of
+    from qwench.evals.score import metrics_of, samples_of, scored_documents, setting_of
 
     wishes = {(task.config.metadata or {}).get("chat") for task in loaded.tasks.values()}
     chat = item.chat if item.chat is not None else "required" in wishes
-    if "own" in wishes:  # these render their conversations themselves
+    if wishes & {"own", "rendered"}:  # these ask raw text always, or render their conversations themselves
         chat = False
     random.seed(0)  # as lm-eval does
     np.random.seed(plan.seed)  # noqa: NPY002 - what its tasks draw from
@@ -291,7 +300,9 @@ def _run(
             "alias": str(values.get("alias", name)).strip(" -"),
             "group": name not in loaded.tasks,
             "subtasks": members if name not in loaded.tasks else [],
-            "metrics": metrics_of(values, raw["higher_is_better"].get(name, {}), count),
+            "metrics": metrics_of(
+                values, raw["higher_is_better"].get(name, {}), count, scored_documents(raw["samples"].get(name, ()))
+            ),
             "n": count,
             "tokens": _tokens(lm, members),
         }

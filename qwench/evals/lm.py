@@ -177,9 +177,10 @@ class EngineLM(LM):
                 waiting.setdefault(pair.key, pair)
             else:
                 self.usage[pair.task].resumed += 1
+                self.usage[pair.task].cut_prompts += self._surplus(pair) > 0
         prompts: dict[tuple[int, ...], Prompt] = {}
         for pair in waiting.values():
-            surplus = len(pair.context) + len(pair.continuation) - 1 - self.max_length
+            surplus = self._surplus(pair)
             if surplus > 0:
                 self.usage[pair.task].cut_prompts += 1
                 if surplus >= len(pair.context):
@@ -202,6 +203,10 @@ class EngineLM(LM):
         values = [self.finished.values[pair.key] for pair in pairs]
         return [(float(value), bool(greedy)) for value, greedy in values]
 
+    def _surplus(self, pair: Pair) -> int:
+        """Tokens of the pair beyond what the context holds."""
+        return len(pair.context) + len(pair.continuation) - 1 - self.max_length
+
     @staticmethod
     def _scoring_params(prompt: Prompt) -> SamplingParams:
         first = min(len(pair.context) for pair in prompt.pairs)
@@ -219,6 +224,7 @@ class EngineLM(LM):
         seen: Counter[int] = Counter()
         keys: list[str] = []
         work: dict[str, tuple[str, list[int], SamplingParams]] = {}
+        cut: set[str] = set()
         for request in requests:
             context, settings = _two(request)
             repeat = seen[id(request)]
@@ -230,17 +236,24 @@ class EngineLM(LM):
             key = digest("generate", self.model_key, self.max_length, *name)
             keys.append(key)
             self.usage[task].requests += 1
-            if self.finished.get(key) is not None:
+            if (known := self.finished.get(key)) is not None:
                 self.usage[task].resumed += 1
+                self.usage[task].cut_answers += known.get("finish") == "length"
+                self.usage[task].cut_prompts += bool(known.get("cut"))
             elif key not in work:
                 seed = zlib.crc32(key.encode()) + self.seed if sampled else None
                 params = self._answer_params(wishes, seed)
-                work[key] = task, self._fit(task, self.encode(context), params.max_tokens), params
+                tokens = self.encode(context)
+                work[key] = task, self._fit(task, tokens, params.max_tokens), params
+                if len(work[key][1]) < len(tokens):
+                    cut.add(key)
         todo = list(work.items())
 
         def done(place: int, completion: Completion) -> None:
             key, (task, tokens, _) = todo[place]
             value = {"text": completion.text, "tokens": len(completion.token_ids), "finish": completion.finish_reason}
+            if key in cut:
+                value["cut"] = True  # so that a resumed run tells it too
             self.finished.put(key, value)
             self._count(task, completion, len(tokens), answered=True)
 
@@ -257,6 +270,11 @@ class EngineLM(LM):
     def read_settings(self, task: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         """A task's generation settings with the command's over them. Raises ValueError for unknown ones."""
         given = {**settings, **self.overrides}
+        for name in ("temperature", "max_gen_toks"):
+            try:
+                float(given.get(name) or 0)
+            except (TypeError, ValueError):
+                raise ValueError(f"task {task}: {name} is {given[name]!r}; it should be a number") from None
         if "temperature" in self.overrides:
             given["do_sample"] = float(self.overrides["temperature"]) > 0
         wishes: dict[str, Any] = dict(normalize_gen_kwargs(given, DEFAULT_MAX_TOKENS))

@@ -60,7 +60,7 @@ def _mmlu_rows(table: list[list[str]], subject: str, path: Any) -> Rows:
                 f"{path} row {number} has {len(cells)} cells; it needs a question, four choices and the answer"
             )
         answer = cells[5].strip()
-        if (answer not in "0123" and answer not in "ABCD") or not answer:
+        if len(answer) != 1 or answer not in "0123ABCD":
             raise ValueError(f"{path} row {number}: the answer is {answer!r}; it should be A to D, or 0 to 3")
         index = int(answer) if answer.isdigit() else LETTERS.index(answer)
         rows.append({"question": cells[0], "subject": subject, "choices": cells[1:5], "answer": index})
@@ -204,7 +204,15 @@ def hellaswag(files: Files, name: str | None) -> dict[str, Rows]:
             parts = {"activity_label": label, "ctx_a": first, "ctx_b": second}
         else:
             raise ValueError(f"{path} row {number} has neither ctx nor ctx_a, ctx_b and activity_label")
-        made.append({**parts, "endings": row["endings"], "label": str(row["label"])})
+        endings, label = row["endings"], str(row["label"])
+        if not isinstance(endings, list) or not endings or not all(endings):
+            raise ValueError(f"{path} row {number}: endings should be a list of texts that are not empty")
+        if label not in map(str, range(len(endings))):
+            raise ValueError(
+                f"{path} row {number}: the label is {row['label']!r}; it should be 0 to {len(endings) - 1} (the test "
+                "part comes without)"
+            )
+        made.append({**parts, "endings": endings, "label": label})
     return with_pool(files, made)
 
 
@@ -424,8 +432,14 @@ def _evalplus_files(stem: str) -> tuple[str, ...]:
 def evalplus(files: Files, name: str | None, stem: str = "") -> dict[str, Rows]:
     """EvalPlus' files. Inputs of tests are values of many types, which stay JSON text until programs are built."""
     need = ("task_id", "prompt", "entry_point", "canonical_solution", "base_input", "plus_input", "atol")
-    rows = files.jsonl(*_evalplus_files(stem), need=need)
+    rows = files.jsonl(*_evalplus_files(stem), need=need, may_be_null=("plus_input", "atol"))
     path = list(files.read)[-1]
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row["atol"] or 0, (int, float)):
+            raise ValueError(f"{path} row {number}: atol is {row['atol']!r}; it should be a number")
+        for name in ("base_input", "plus_input"):
+            if row[name] and not (isinstance(row[name], list) and all(isinstance(given, list) for given in row[name])):
+                raise ValueError(f"{path} row {number}: {name} should be a list with a list of arguments for each call")
     if any(less in path.name.lower() for less in ("mini", "noextreme")):
         files.notes.append(f"{path.name}: fewer tests than the full file, which published scores are for")
     texts = ("task_id", "prompt", "entry_point", "canonical_solution", "contract", "test", "assertion")

@@ -62,23 +62,23 @@ class Files:
     def text(self, *patterns: str) -> str:
         return self._load(self.find(*patterns))
 
-    def jsonl(self, *patterns: str, need: Sequence[str] = ()) -> list[dict[str, Any]]:
-        """The objects of a JSON Lines file, each with the fields `need`. Parts of one (NAME_a, NAME_b, ...) are read
-        together."""
+    def jsonl(self, *patterns: str, need: Sequence[str] = (), may_be_null: Sequence[str] = ()) -> list[dict[str, Any]]:
+        """The objects of a JSON Lines file, each with the fields `need`, of which those of `may_be_null` may hold
+        nothing. Parts of one (NAME_a, NAME_b, ...) are read together."""
         first = self.find(*patterns)
         parts = [path for path in self.search(*patterns) if _whole(path) == _whole(first)]
-        return [row for path in parts for row in self._objects(path, need)]
+        return [row for path in parts for row in self._objects(path, need, may_be_null)]
 
-    def _objects(self, path: Path, need: Sequence[str]) -> list[dict[str, Any]]:
+    def _objects(self, path: Path, need: Sequence[str], may_be_null: Sequence[str]) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = []
         for number, line in enumerate(self._load(path).split("\n"), 1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:  # numbers of thousands of digits are no JSONDecodeError
                 raise ValueError(f"{path} line {number} is no JSON ({error}); repair or remove the line") from None
-            rows.append(_checked(row, need, f"{path} line {number}"))
+            rows.append(_checked(row, need, f"{path} line {number}", may_be_null))
         return _not_empty(rows, path)
 
     def json(self, *patterns: str, inside: str = "", need: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -86,7 +86,7 @@ class Files:
         path = self.find(*patterns)
         try:
             value = json.loads(self._load(path))
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path} is no JSON ({error}); repair the file") from None
         if inside:
             value = _checked(value, (inside,), str(path))[inside]
@@ -126,12 +126,14 @@ def _whole(path: Path) -> str:
     return re.sub(r"_[a-z]\.jsonl", ".jsonl", path.name.removesuffix(".gz"))
 
 
-def _checked(row: Any, need: Sequence[str], where: str) -> dict[str, Any]:
+def _checked(row: Any, need: Sequence[str], where: str, may_be_null: Sequence[str] = ()) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise ValueError(f"{where} should be an object, not {type(row).__name__}")
     if missing := [name for name in need if name not in row]:
         has = ", ".join(map(str, row)) or "none"
         raise ValueError(f"{where} has no field {missing[0]!r} (its fields: {has}); it needs {', '.join(need)}")
+    if empty := [name for name in need if row[name] is None and name not in may_be_null]:
+        raise ValueError(f"{where}: the field {empty[0]!r} is null; repair or remove the line")
     return row
 
 

@@ -81,7 +81,7 @@ def bfcl(files: Files, name: str | None) -> Mapping[str, Rows]:
 def tool_selection(files: Files, name: str | None) -> Mapping[str, Rows]:
     """Our own JSONL (query, tools in OpenAI's form, action or null, arguments), else ToolAlpaca's evaluation files."""
     if files.search("tool_selection*.jsonl"):
-        rows = files.jsonl("tool_selection*.jsonl", need=("query", "tools", "action"))
+        rows = files.jsonl("tool_selection*.jsonl", need=("query", "tools", "action"), may_be_null=("action",))
         return {"test": [_own_row(row, f"{list(files.read)[-1]} row {n}") for n, row in enumerate(rows, 1)]}
     found = files.search("toolalpaca/eval_*.json", "eval_simulated.json", "eval_real.json")
     if not found:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -61,8 +62,16 @@ def setting_of(
     }
 
 
-def metrics_of(values: Mapping[str, Any], higher: Mapping[str, bool | None], count: int) -> dict[str, dict[str, Any]]:
-    """lm-eval's "metric,filter" and "metric_stderr,filter" of one task or group, as one entry a metric."""
+def scored_documents(entries: Sequence[Mapping[str, Any]]) -> Counter[str]:
+    """Documents behind each "metric,filter" of one task: some metrics are of a part of the documents."""
+    return Counter(f"{metric},{entry['filter']}" for entry in entries for metric in entry["metrics"])
+
+
+def metrics_of(
+    values: Mapping[str, Any], higher: Mapping[str, bool | None], count: int, counts: Mapping[str, int]
+) -> dict[str, dict[str, Any]]:
+    """lm-eval's "metric,filter" and "metric_stderr,filter" of one task or group, as one entry a metric. `count`:
+    documents of those that `counts` does not name."""
     names = [name for name in values if "," in name and not name.split(",")[0].endswith("_stderr")]
     filters = {name.split(",", 1)[1] for name in names}
     found: dict[str, dict[str, Any]] = {}
@@ -71,7 +80,7 @@ def metrics_of(values: Mapping[str, Any], higher: Mapping[str, bool | None], cou
         found[metric if len(filters) == 1 else name] = {
             "value": _number(values[name]),
             "stderr": _number(values.get(f"{metric}_stderr,{chosen}")),
-            "n": count,
+            "n": counts.get(name, count),
             "filter": chosen,
             "higher_is_better": higher.get(metric, True),
         }

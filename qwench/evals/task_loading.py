@@ -23,7 +23,9 @@ from typing import Any
 
 import datasets
 import datasets.config
+import jinja2
 import lm_eval.tasks
+import pyarrow as pa
 from lm_eval.api.group import Group
 from lm_eval.api.task import ConfigurableTask, Task
 from lm_eval.config.group import AggMetricConfig
@@ -31,6 +33,8 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._index import Entry, Kind, TaskIndex
 from lm_eval.tasks._yaml_loader import load_yaml
+from yaml.parser import ParserError
+from yaml.scanner import ScannerError
 
 from qwench.evals.local_data import layouts
 from qwench.evals.local_files import Files, MissingDataError
@@ -129,6 +133,10 @@ class LocalTaskFactory(TaskFactory):
                 changes["custom_dataset"] = _always(splits)
                 if files.no_shots:
                     changes["num_fewshot"] = 0
+                if path == "google/IFEval":
+                    _check_instructions(splits, files)
+        if not path and not own_data:
+            raise ValueError(f"task {entry.name} ({entry.yaml_path}) names no data; give it a dataset_path")
         if source.hub and path:
             self._refuse_without_hub(entry.name, str(path))
         self.sources[entry.name] = source
@@ -139,6 +147,10 @@ class LocalTaskFactory(TaskFactory):
                 raise
             names = ", ".join(Path(file).name for file in source.files)
             raise MissingDataError(f"task {entry.name}: {names} has no questions of it") from None
+        except jinja2.TemplateError as error:  # lm-eval fills in the first question
+            raise ValueError(
+                f"task {entry.name} ({entry.yaml_path}): a template does not fit the data: {error}"
+            ) from None
 
     def _local(self, task: str, path: str, name: str | None, shots: int) -> tuple[datasets.DatasetDict | None, Files]:
         """The data set from local files; None where the hub has it and the files are not here."""
@@ -161,9 +173,15 @@ class LocalTaskFactory(TaskFactory):
                 raise ValueError(
                     f"task {task}: {', '.join(map(str, files.read))} leave no rows for its split {split!r}"
                 )
-        return datasets.DatasetDict(
-            {split: datasets.Dataset.from_list(list(rows)) for split, rows in splits.items()}
-        ), files
+        try:
+            return datasets.DatasetDict(
+                {split: datasets.Dataset.from_list(list(rows)) for split, rows in splits.items()}
+            ), files
+        except (pa.ArrowException, UnicodeEncodeError, OverflowError) as error:
+            raise ValueError(
+                f"task {task}: the rows of {', '.join(map(str, files.read))} do not fit into one table ({error}); a "
+                "field should hold the same kind of value in every row"
+            ) from None
 
     def _refuse_without_hub(self, task: str, path: str) -> None:
         """Say at once what would take half a minute of vain attempts; data that is in the hub's cache is used."""
@@ -206,6 +224,27 @@ class LocalTaskFactory(TaskFactory):
             except MissingDataError as error:
                 self.missing[name] = str(error)
         return tasks
+
+
+def _check_instructions(splits: datasets.DatasetDict, files: Files) -> None:
+    """Raise ValueError for instructions that IFEval's checker does not know: it would fail behind all answers."""
+    from lm_eval.tasks.ifeval.instructions_registry import INSTRUCTION_DICT
+
+    rows: list[dict[str, Any]] = [row for split in splits.values() for row in split.to_list()]
+    for row in rows:
+        given = row["instruction_id_list"]
+        unknown = [name for name in given if name not in INSTRUCTION_DICT]
+        if unknown or not given:
+            what = f"the instruction {unknown[0]!r}, which IFEval does not know" if unknown else "no instructions"
+            raise ValueError(f"{', '.join(map(str, files.read))}: the question with the key {row['key']} has {what}")
+
+
+def _refuse_broken(path: Path) -> None:
+    """Raise ValueError for a task file of one's own that is no YAML; lm-eval leaves it out without a word."""
+    try:
+        load_yaml(path, resolve_func=False)
+    except (ScannerError, ParserError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML that can be read: {' '.join(str(error).split())}") from None
 
 
 def in_cache(path: str) -> bool:
@@ -288,6 +327,9 @@ class Catalogue:
                 index[name].tags |= entry.tags
             else:
                 index[name] = entry
+        for directory in include:
+            for path in sorted(directory.rglob("*.yaml")):
+                _refuse_broken(path)
         index.update(TaskIndex.build(list(include)))
         self.index: Mapping[str, Entry] = index
 
@@ -306,7 +348,12 @@ class Catalogue:
 
     def matching(self, name: str) -> list[str]:
         """The tasks that a name on the command line means. Raises ValueError with a suggestion."""
-        if name in self.index or Path(name).suffix in (".yaml", ".yml"):
+        if name in self.index:
+            return [name]
+        if Path(name).suffix in (".yaml", ".yml"):
+            if not Path(name).is_file():
+                raise ValueError(f"there is no file {name}; give a YAML file of a task, or a name of --list-tasks")
+            _refuse_broken(Path(name))
             return [name]
         if any(sign in name for sign in "*?[") and (found := self.names(name)):
             return found

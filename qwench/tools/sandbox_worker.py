@@ -92,6 +92,8 @@ class _Sandlocked:
 
     def wait(self) -> int:
         result = self._process.wait(timeout=5)
+        if result.exit_code == -1 and result.signal <= 0:  # sandlock has no number for SIGKILL
+            return -signal.SIGKILL
         return -result.signal if result.signal > 0 else result.exit_code
 
 

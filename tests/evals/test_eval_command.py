@@ -147,6 +147,12 @@ def test_options_reach_the_prompt(model: Path, data: Path, tmp_path: Path) -> No
         (["--preset", "qwen2.5-codr"], "there is no preset 'qwen2.5-codr'; did you mean qwen2.5-coder?"),
         (["--preset", "qwen2.5", "--tasks", "glue"], "preset qwen2.5 has no task 'glue'; it has mmlu"),
         (["--tasks", "gsm8k", "--limit", "0"], "--limit is 0; give a positive number"),
+        (["--tasks", "gsm8k", "--limit", "inf"], "--limit is inf; give a positive number"),
+        (["--tasks", "gsm8k", "--limit", "nan"], "--limit is nan; give a positive number"),
+        (["--tasks", "gsm8k", "--limit", "2.5"], "--limit is 2.5; give a positive number"),
+        (["--tasks", "no/file.yaml"], "there is no file no/file.yaml"),
+        (["--tasks", "gsm8k", "--num-fewshot", "0", "--gen", "temperature=warm"], "temperature is 'warm'"),
+        (["--tasks", "gsm8k", "--num-fewshot", "0", "--gen", "max_gen_toks=many"], "max_gen_toks is 'many'"),
         (["--tasks", "gsm8k", "--gen", "hot"], "--gen 'hot' should be key=value"),
         (
             ["--tasks", "gsm8k", "--num-fewshot", "0", "--gen", "beams=3"],

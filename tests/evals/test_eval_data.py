@@ -339,3 +339,31 @@ def test_letters_of_mmlu_pro() -> None:
 def test_answers_of_bbh() -> None:
     answers = bbh_answers([["So the answer is (B).\n\nQ: more the answer is X."], ["no idea"]], [{}, {}])
     assert answers == ["(B)", ""]
+
+
+def test_values_that_break_a_benchmark_are_told_with_their_row(tmp_path: Path) -> None:
+    path = tmp_path / "svamp.jsonl"
+    path.write_text('{"Body": null, "Question": "q", "Answer": 1}\n')
+    with pytest.raises(ValueError, match=r"svamp\.jsonl line 1: the field 'Body' is null"):
+        load(tmp_path, "ChilleD/SVAMP")
+    path.write_text('{"Body": "b", "Question": "q", "Answer": ' + "9" * 5000 + "}\n")
+    with pytest.raises(ValueError, match=r"svamp\.jsonl line 1 is no JSON"):
+        load(tmp_path, "ChilleD/SVAMP")
+    for split in ("test", "dev"):
+        (tmp_path / "mmlu" / split).mkdir(parents=True)
+    for answer in ("AB", "01"):
+        (tmp_path / "mmlu/test/virology_test.csv").write_text(f"Which?,1,2,3,4,{answer}\n")
+        with pytest.raises(ValueError, match=f"row 1: the answer is '{answer}'"):
+            load(tmp_path, "cais/mmlu", "virology")
+    for label in ("", 2):
+        write(tmp_path / "hellaswag.jsonl", [{"ctx": "A: b.", "endings": ["a", "b"], "label": label}])
+        with pytest.raises(ValueError, match=rf"row 1: the label is {label!r}; it should be 0 to 1"):
+            load(tmp_path, "Rowan/hellaswag")
+    row = {
+        "task_id": "HumanEval/0", "prompt": "def f(x):", "entry_point": "f", "canonical_solution": " return x",
+        "base_input": [[1]], "plus_input": [], "atol": 0,
+    }  # fmt: skip
+    for name, value, told in (("atol", "x", "atol is 'x'"), ("base_input", [1], "base_input should be a list")):
+        write(tmp_path / "HumanEvalPlus.jsonl", [{**row, name: value}])
+        with pytest.raises(ValueError, match=f"row 1: {told}"):
+            load(tmp_path, "evalplus/humanevalplus")

@@ -460,3 +460,60 @@ def test_finished_requests_survive_broken_lines(tmp_path: Path, caplog: pytest.L
     with Finished(path) as finished:
         assert finished.values == {"a": [1.5, True], "c": {"text": "é"}}
     assert "line 1 is no finished request" in caplog.text
+
+
+def test_a_resumed_run_tells_of_cut_prompts_and_answers_too(engine: Engine, tmp_path: Path) -> None:
+    for number in range(2):
+        with Finished(tmp_path / "requests.jsonl") as finished:
+            lm = EngineLM(engine, finished, max_length=90)
+            lm.generate_until(asked("generate_until", (STORY * 12, {"max_gen_toks": 4, "ignore_eos": True}), task="g"))
+            lm.loglikelihood(asked("loglikelihood", (STORY * 12, " return x"), task="l"))
+        assert lm.usage["g"].resumed == lm.usage["l"].resumed == number
+        assert (lm.usage["g"].cut_prompts, lm.usage["g"].cut_answers, lm.usage["l"].cut_prompts) == (1, 1, 1)
+
+
+def test_rows_that_fit_into_no_table_are_told(
+    engine: Engine, catalogue: Catalogue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwench.evals.task_loading.hub_answers", lambda: False)
+    path = tmp_path / "gsm8k_test.jsonl"
+    for question in ("5", '"\\ud800"'):
+        path.write_text('{"question": "q", "answer": "#### 1"}\n{"question": ' + question + ', "answer": "#### 1"}\n')
+        with pytest.raises(ValueError, match=r"gsm8k_test\.jsonl do not fit into one table"):
+            evaluate(engine, plan(tmp_path, Item(task="gsm8k", num_fewshot=0)), catalogue=catalogue)
+
+
+def test_mistakes_in_task_files_of_ones_own_are_told(engine: Engine, tmp_path: Path) -> None:
+    path, rows = tmp_path / "mine.yaml", tmp_path / "rows.jsonl"
+    write(rows, [{"q": "x", "a": "y"}])
+    task = (
+        "task: mine\ndataset_path: json\ndataset_kwargs: {data_files: {test: ROWS}}\ntest_split: test\n"
+        "output_type: generate_until\ndoc_to_text: '{{q}}'\ndoc_to_target: '{{a}}'\n"
+        "metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]\n"
+    ).replace("ROWS", str(rows))
+
+    def told(text: str) -> str:
+        path.write_text(text)
+        with pytest.raises(ValueError) as error:  # noqa: PT011 - the caller looks at the words
+            evaluate(engine, Plan(items=[Item(task="mine")], include=(tmp_path,)), catalogue=Catalogue([tmp_path], []))
+        return str(error.value)
+
+    path.write_text(task)
+    mine = Catalogue([tmp_path], [])
+    results = evaluate(engine, Plan(items=[Item(task="mine")], generation={"max_gen_toks": 4}), catalogue=mine)
+    assert results["tasks"]["mine"]["n"] == 1
+    assert "mine.yaml is no YAML that can be read" in told("task: [mine\n")
+    assert "names no data; give it a dataset_path" in told("task: mine\n")
+    assert "'question' is undefined" in told(task.replace("{{q}}", "{{question}}"))
+
+
+def test_instructions_that_ifeval_does_not_know_are_refused(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwench.evals.task_loading.hub_answers", lambda: False)
+    ifeval = Catalogue(families=("ifeval",))
+    for given, message in ((["no:thing"], "'no:thing', which IFEval does not know"), ([], "has no instructions")):
+        row = {"key": 7, "prompt": "p", "instruction_id_list": given, "kwargs": [{} for _ in given]}
+        write(tmp_path / "ifeval.jsonl", [row])
+        with pytest.raises(ValueError, match=f"the question with the key 7 has.*{message.removeprefix('has ')}"):
+            evaluate(engine, plan(tmp_path, Item(task="ifeval")), catalogue=ifeval)

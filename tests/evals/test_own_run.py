@@ -13,7 +13,7 @@ pytest.importorskip("lm_eval")
 
 from qwench.engine import Engine
 from qwench.engine.config import EngineConfig
-from qwench.evals.harness import Item, Plan, evaluate
+from qwench.evals.harness import About, Item, Plan, evaluate
 from qwench.evals.task_loading import TASKS, Catalogue
 from qwench.tokenizer import Tokenizer
 from qwench.tools.sandbox import Sandbox, SandboxUnavailable
@@ -117,3 +117,20 @@ def test_losses_by_position_add_up_to_the_rolling_one(
     assert len(losses) == length * len(windows)
     assert metrics["perplexity"]["value"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-4)
     assert list(metrics) == ["perplexity", *(f"nll_{128 * n}_{128 * n + 128}" for n in range(16))]
+
+
+@pytest.mark.parametrize("name", ["bfcl_simple", "tool_selection", "tool_selection_react"])
+def test_conversations_of_our_own_need_a_template(engine: Engine, data: Path, name: str) -> None:
+    bare, plan = About(chat_error="this model has no template"), Plan(items=[Item(task=name)], data_dirs=(data,))
+    with pytest.raises(ValueError, match="this model has no template"):
+        evaluate(engine, plan, about=bare, catalogue=Catalogue(families=[]))
+
+
+def test_metrics_of_a_part_of_the_documents_say_how_many(engine: Engine) -> None:
+    item = Item(task="tables_en", overrides={"metadata": {"samples": 4}})
+    results = evaluate(engine, Plan(items=[item], generation={"max_gen_toks": 2}), catalogue=Catalogue(families=[]))
+    entry = results["tasks"]["tables_en"]
+    counts = {name: told["n"] for name, told in entry["metrics"].items()}
+    kinds = [n for name, n in counts.items() if name not in ("acc", "acc_markdown", "acc_csv", "acc_html")]
+    assert counts["acc"] == entry["n"] == sum(kinds) == 4
+    assert len(kinds) > 1

@@ -344,3 +344,10 @@ def test_the_filter_knows_this_machine(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(seccomp.platform, "machine", lambda: "riscv64")
     with pytest.raises(ValueError, match="not of riscv64"):
         seccomp.program_filter(supervised=False)
+
+
+def test_a_killed_program_is_told_as_killed(sandbox: Sandbox):
+    """sandlock gives SIGKILL no number; the kernel's limit on processor time ends programs with it."""
+    result = sandbox.run("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    assert (result.status, result.exit_code) == ("error", -signal.SIGKILL)
+    assert result.detail == "ended by signal 9"
