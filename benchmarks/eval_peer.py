@@ -48,6 +48,7 @@ def main() -> None:
     parser.add_argument("--score-batch", type=int, default=16, help="log-likelihoods at a time of the peer")
     parser.add_argument("--max-gen-toks", type=int, help="for both; unset: the tasks' own")
     parser.add_argument("--name", default="eval_peer", help="of the file of results")
+    parser.add_argument("--note", default="", help="what a reader of the figures should know")
     parser.add_argument("--room", type=Path, default=Path("/tmp/eval-peer"))
     parser.add_argument("--part", choices=("all", "qwench", "peer", "join"), default="all")
     args = parser.parse_args()
@@ -162,7 +163,7 @@ def join(args: argparse.Namespace) -> None:
         "model": args.model.name, "dtype": args.dtype, "preset": args.preset,
         "device": torch.cuda.get_device_name() if on_gpu else "cpu",
         "torch": torch.__version__, "peer": {k: v for k, v in theirs.items() if k != "tasks"},
-        "tasks": tasks,
+        "tasks": tasks, **({"note": args.note} if args.note else {}),
     }  # fmt: skip
     write_result(args.name, figures)
 

@@ -24,6 +24,8 @@ def main(argv: list[str]) -> int:
         "--out", metavar="FILE", type=Path, help="of an evaluation: the page (default: DIR/report.html)"
     )
     args = parser.parse_args(argv)
+    if not args.run.is_dir():
+        raise ValueError(f"there is no directory {args.run}; give what a command wrote to (its out)")
     from qwench.evals.run_files import is_eval_run
 
     if is_eval_run(args.run):

@@ -363,12 +363,27 @@ def notes_of(results: Mapping[str, Any]) -> list[str]:
         if note := (entry.get("published") or {}).get("note"):
             notes.setdefault(note, []).append(name)
         if cut := entry["tokens"]["cut_prompts"] if setting else 0:
-            notes.setdefault(f"{cut} prompts were longer than the context and lost their beginning", []).append(name)
+            told = f"longer than the context: {cut} of {entry['tokens']['requests']} prompts lost their beginning"
+            notes.setdefault(told, []).append(name)
+        for note in _of_repeats(setting, entry["metrics"]) if setting else []:
+            notes.setdefault(note, []).append(name)
     lines = [f"note on {shortened(names)}: {note}" for note, names in notes.items()]
     if skipped := results["skipped"]:
         first = next(iter(skipped.values()))
         lines.append(f"left out {len(skipped)} tasks ({shortened(list(skipped))}): {first}")
     return lines
+
+
+def _of_repeats(setting: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[str]:
+    """What several answers to each question were good for."""
+    repeats, generation = setting.get("repeats") or 1, setting.get("generation")
+    if repeats == 1 or generation is None:
+        return []
+    if not generation.get("temperature"):
+        return [f"greedy: all {repeats} answers to a question are the same; sample them with --gen temperature=0.8"]
+    if not any(name.startswith(("pass@", "base_pass@", "maj@")) for name in metrics):
+        return [f"{repeats} answers to each question were made, but this task scores the first alone"]
+    return []
 
 
 def shortened(names: Sequence[str], most: int = 4) -> str:

@@ -279,3 +279,13 @@ def test_broken_data_are_told_before_a_model_is_loaded(data: Path, capsys: pytes
     (data / "gsm8k_test.jsonl").write_text('{"question": "q"}\n')
     assert cli.main(["eval", "no-such-model", "--tasks", "gsm8k", "--data-dir", str(data)]) == 2
     assert "gsm8k_test.jsonl line 1 has no field 'answer'" in capsys.readouterr().err
+
+
+def test_repeats_that_say_nothing_are_told(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--tasks", "gsm8k_instruct", "--limit", 1, "--data-dir", data, "--repeats", 2, "--out"]
+    assert run(model, *arguments, tmp_path / "greedy") == 0
+    assert "note on gsm8k_instruct: greedy: all 2 answers to a question are the same" in capsys.readouterr().out
+    assert run(model, *arguments, tmp_path / "sampled", "--gen", "temperature=0.8") == 0
+    assert "2 answers to each question were made, but this task scores the first alone" in capsys.readouterr().out

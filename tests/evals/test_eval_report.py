@@ -243,3 +243,8 @@ def test_sample_files_that_are_missing_or_broken_are_told(tmp_path: Path) -> Non
     html = write_report(run).read_text(encoding="utf-8")
     assert "line 13 of t.jsonl is no sample and was left out" in html
     assert "u: no samples at" in html
+
+
+def test_a_directory_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["report", str(tmp_path / "none")]) == 2
+    assert "there is no directory" in capsys.readouterr().err
