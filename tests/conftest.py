@@ -121,6 +121,21 @@ def make_model() -> Callable[..., CausalLM]:
 
 
 @pytest.fixture(scope="session")
+def tiny_model_dir(
+    make_model: Callable[..., CausalLM],
+    tiny_config: ModelConfig,
+    tiny_tokenizer: Tokenizer,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """A checkpoint with its tokenizer, as a server or an evaluation is given one. Not to be written to."""
+    from qwench.model.weights import save_pretrained
+
+    directory = tmp_path_factory.mktemp("models") / "tiny"
+    save_pretrained(make_model(tiny_config), directory, tokenizer=tiny_tokenizer)
+    return directory
+
+
+@pytest.fixture(scope="session")
 def tiny_model(make_model: Callable[..., CausalLM], tiny_config: ModelConfig) -> CausalLM:
     return make_model(tiny_config)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,6 @@ import pytest
 
 pytest.importorskip("lm_eval")
 
-from qwench.model.config import ModelConfig
-from qwench.model.decoder import CausalLM
-from qwench.model.weights import save_pretrained
-from qwench.tokenizer import Tokenizer
 
 TASKS = """
 task: which_{kind}
@@ -37,19 +32,6 @@ metric_list: [{metric: exact_match}]
 
 
 @pytest.fixture(scope="module")
-def checkpoint(
-    make_model: Callable[..., CausalLM],
-    tiny_config: ModelConfig,
-    tiny_tokenizer: Tokenizer,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    save_pretrained(make_model(tiny_config), path)
-    tiny_tokenizer.save(path)
-    return path
-
-
-@pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("tasks")
     rows = [
@@ -61,7 +43,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_lm_eval_finds_the_engine_by_name(checkpoint: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lm_eval_finds_the_engine_by_name(tiny_model_dir: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import lm_eval
     from lm_eval.tasks import TaskManager
 
@@ -76,12 +58,12 @@ def test_lm_eval_finds_the_engine_by_name(checkpoint: Path, tasks: Path, monkeyp
         assert found is not None
         return found["samples"]
 
-    mine = samples("qwench", f"pretrained={checkpoint},dtype=float32,max_len=512,cache_tokens=2048")
-    theirs = samples("hf", f"pretrained={checkpoint},dtype=float32")
+    mine = samples("qwench", f"pretrained={tiny_model_dir},dtype=float32,max_len=512,cache_tokens=2048")
+    theirs = samples("hf", f"pretrained={tiny_model_dir},dtype=float32")
     for ours, other in zip(mine["which_choice"], theirs["which_choice"], strict=True):
         for (value, greedy), (wanted, told) in zip(ours["filtered_resps"], other["filtered_resps"], strict=True):
             assert (float(value), greedy) == (pytest.approx(float(wanted), abs=1e-3), told)
     texts = [[row["resps"] for row in run["which_text"]] for run in (mine, theirs)]
     assert texts[0] == texts[1]
     with pytest.raises(ValueError, match="max_seqz"):
-        samples("qwench", f"pretrained={checkpoint},max_seqz=3")
+        samples("qwench", f"pretrained={tiny_model_dir},max_seqz=3")

@@ -18,22 +18,6 @@ from qwench.serve.server import Server, bind, url_of
 
 if TYPE_CHECKING:
     from qwench.engine import Engine
-    from qwench.model.config import ModelConfig
-    from qwench.tokenizer import Tokenizer
-
-
-@pytest.fixture(scope="session")
-def tiny_model_dir(
-    make_model: Callable[..., Any],
-    tiny_config: ModelConfig,
-    tiny_tokenizer: Tokenizer,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Path:
-    from qwench.model.weights import save_pretrained
-
-    directory = tmp_path_factory.mktemp("served") / NAME
-    save_pretrained(make_model(tiny_config), directory, tokenizer=tiny_tokenizer)
-    return directory
 
 
 @pytest.fixture(scope="session")
