@@ -91,7 +91,7 @@ def about(engine: Engine, args: argparse.Namespace) -> About:
             "dtype": str(weight.dtype).removeprefix("torch."),
             "config": config.to_dict(engine.config),
         },
-        preset=args.preset,
+        preset=None if args.preset == "none" else args.preset,
         chat_error=template_error(engine, args.model),
     )
 

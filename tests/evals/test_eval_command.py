@@ -247,6 +247,30 @@ def test_figures_follow_the_models_name() -> None:
     ]
 
 
+def test_code_is_asked_of_published_chat_models_as_published(
+    model: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    catalogue = command._catalogue(())
+    items = [Item(task=name) for name in ("humaneval", "mbpp_plus", "cruxeval_o", "fim", "mmlu_virology")]
+    found, names = command.code_as_published(items, "qwen2.5-coder-0.5b-instruct-q4_k_m", catalogue)
+    assert names == ["humaneval", "mbpp_plus", "cruxeval_o"]
+    assert [item.task for item in found[:3]] == ["humaneval_instruct", "mbpp_plus_instruct", "cruxeval_o_cot"]
+    assert found[3:] == items[3:]
+    for other in ("Qwen2.5-Coder-0.5B", "my-model"):
+        assert command.code_as_published(items, other, catalogue) == (items, [])
+    row = {"task_id": "HumanEval/0", "prompt": "def f():\n", "entry_point": "f", "canonical_solution": "    return 1"}
+    (data / "humaneval.jsonl").write_text(json.dumps({**row, "test": "def check(f):\n    assert f() == 1\n"}) + "\n")
+    arguments = ["--tasks", "humaneval", "--data-dir", data, "--out"]
+    settings = []
+    for out, more in (("chat", []), ("text", ["--preset", "none"]), ("told", ["--no-apply-chat-template"])):
+        assert run(model, *arguments, tmp_path / out, *more) == 0
+        assert ("humaneval as published for this model" in capsys.readouterr().err) is (out == "chat")
+        settings.append(json.loads((tmp_path / out / "results.json").read_text())["tasks"]["humaneval"]["setting"])
+    assert [setting["chat"] for setting in settings] == [True, False, False]
+    assert settings[0]["first_prompt"].endswith("<|im_start|>assistant\n```python\n")
+    assert settings[1]["first_prompt"] == settings[2]["first_prompt"] == "def f():\n"
+
+
 def test_the_preset_of_a_known_model_is_named() -> None:
     items = [Item(task="humaneval"), Item(task="gsm8k_instruct"), Item(task="needle_en")]
     assert command.preset_hint(items, "qwen2.5-coder-0.5b-instruct-q4_k_m").endswith(
